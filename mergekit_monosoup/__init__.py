@@ -1,0 +1,40 @@
+"""MonoSoup for mergekit: edit one fine-tuned checkpoint with the help of its base alone.
+
+The names below are imported on first use: the start-up hook imports this package in every
+Python process of the environment, so the package itself must cost next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergekit_monosoup.errors import MonoSoupError
+    from mergekit_monosoup.registry import method_names, register
+    from mergekit_monosoup.spectral.edit import EditRecord, edit_update
+
+__all__ = ["EditRecord", "MonoSoupError", "__version__", "edit_update", "method_names", "register"]
+
+_HOME = {
+    "EditRecord": "mergekit_monosoup.spectral.edit",
+    "MonoSoupError": "mergekit_monosoup.errors",
+    "edit_update": "mergekit_monosoup.spectral.edit",
+    "method_names": "mergekit_monosoup.registry",
+    "register": "mergekit_monosoup.registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = importlib.import_module("importlib.metadata").version("mergekit-monosoup")
+    elif name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

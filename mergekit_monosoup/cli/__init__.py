@@ -1,0 +1,43 @@
+"""The command `mergekit-monosoup`: one file a sub-command, imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+# name -> (one line of help, shown without importing the command's file)
+_COMMANDS = {
+    "merge": "Run a merge recipe: mergekit-yaml with our methods and checks.",
+    "methods": "List the merge methods of this package and their parameters.",
+    "doctor": "Say which ways of using this package work here, and why one does not.",
+}
+
+
+class _LazyGroup(click.Group):
+    """Import a sub-command's module when it is invoked, so that `--help` stays quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"mergekit_monosoup.cli.{cmd_name}")
+        command = getattr(module, cmd_name)
+        if not isinstance(command, click.Command):
+            raise TypeError(f"mergekit_monosoup.cli.{cmd_name}.{cmd_name} is not a click command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup)
+@click.version_option(package_name="mergekit-monosoup")
+def main() -> None:
+    """Make fine-tuned checkpoints robust again, without data or retraining.
+
+    Works beside mergekit: the same recipes run under the stock mergekit-yaml.
+    """

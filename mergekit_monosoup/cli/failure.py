@@ -1,0 +1,45 @@
+"""Turn errors of a user's making into one message instead of a traceback."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+LOG = logging.getLogger(__name__)
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Show expected errors as `Error: ...` with exit status 1; with `-vv`, their traceback too.
+
+    Expected are our own errors and those that mergekit, pydantic, yaml, safetensors and the file
+    system raise for a wrong recipe or a damaged checkpoint.
+    """
+    import yaml
+    from pydantic import ValidationError
+    from safetensors import SafetensorError
+
+    from mergekit_monosoup.errors import MonoSoupError
+
+    try:
+        yield
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part) for part in item['loc']) or 'configuration'}: {item['msg']}"
+            for item in error.errors()
+        ]
+        _fail("the recipe is not valid:\n  " + "\n  ".join(lines), error)
+    except yaml.YAMLError as error:
+        _fail(f"the recipe is not valid YAML: {error}", error)
+    except KeyError as error:
+        _fail(f"missing key {error}", error)
+    except (MonoSoupError, RuntimeError, ValueError, SafetensorError, OSError) as error:
+        _fail(str(error), error)
+
+
+def _fail(message: str, error: BaseException) -> None:
+    LOG.debug("caused by", exc_info=error)
+    raise click.ClickException(message) from error

@@ -1,0 +1,32 @@
+"""`mergekit-monosoup merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from mergekit_monosoup.cli.failure import reported_errors
+
+
+@click.command(cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out_path", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--overwrite", is_flag=True, help="Replace what OUT_PATH holds once the merge is done.")
+@add_merge_options
+def merge(config_file: Path, out_path: Path, overwrite: bool, merge_options: MergeOptions) -> None:
+    """Run the merge recipe CONFIG_FILE and write the model to OUT_PATH.
+
+    Takes the recipes and options of mergekit-yaml, works offline with local models, and puts files
+    into OUT_PATH only when the whole merge has succeeded.
+    """
+    from mergekit_monosoup.merging import merge_to_folder
+    from mergekit_monosoup.registry import register
+
+    merge_options.apply_global_options()
+    with reported_errors():
+        register()
+        merge_to_folder(config_file.read_text("utf-8"), out_path, merge_options, overwrite=overwrite)
+    if not merge_options.quiet:
+        click.echo(f"Wrote {out_path}")

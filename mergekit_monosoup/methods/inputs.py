@@ -1,0 +1,164 @@
+"""What our methods ask of their inputs, and the updates they form from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.merge_methods.base import TensorEntry, TensorGroup
+from torch import Tensor
+
+from mergekit_monosoup.errors import (
+    ConfigurationError,
+    MissingBaseError,
+    MissingTensorError,
+    NonFiniteError,
+    ParameterError,
+    QuantizedWeightError,
+    ShapeMismatchError,
+)
+from mergekit_monosoup.methods.quantized import refuse_quantized_checkpoint
+
+
+def validate_recipe(
+    method: str, input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: str | None
+) -> None:
+    """Refuse inputs that no update can be formed from, before a tensor is loaded.
+
+    mergekit calls this once for the recipe (with the name of an output slice or none) and once for
+    each tensor (with its name).
+
+    Raises:
+        MissingBaseError: no base model.
+        MissingTensorError: the base lacks the tensor, or a slice does not list the base.
+        ConfigurationError: nothing but the base.
+        QuantizedWeightError: a checkpoint stores its weights as integers.
+    """
+    if base_id is None:
+        raise MissingBaseError(
+            f"merge method {method!r} needs the checkpoint that the fine-tuning started from; "
+            "add it as `base_model:`"
+        )
+    whole_recipe = group_name is None or group_name.endswith("]")
+    if base_id not in input_ids:
+        if whole_recipe:
+            raise MissingBaseError(
+                f"base_model {base_id} is not among the sources of {group_name or 'the recipe'}; "
+                "list it there with its layer_range"
+            )
+        raise MissingTensorError(
+            f"tensor {group_name}: base_model {base_id} does not have it, so its update cannot be "
+            "formed; use the base that the fine-tuning started from"
+        )
+    if all(input_id == base_id for input_id in input_ids):
+        raise ConfigurationError(
+            f"merge method {method!r} needs at least one fine-tuned checkpoint besides base_model"
+            f"{f' for {group_name}' if group_name else ''}; add it under `models:`"
+        )
+    if whole_recipe:
+        for input_id in input_ids:
+            if isinstance(input_id, ModelReference):
+                refuse_quantized_checkpoint(input_id)
+
+
+@dataclass(frozen=True)
+class GroupInputs:
+    """The checked inputs of one output tensor.
+
+    `base` is W0 in the dtype of the computation (float32, or float64 for float64); the fine-tuned
+    tensors stay as they were stored until they are needed.
+    """
+
+    group: TensorGroup
+    base: Tensor
+
+    @classmethod
+    def of(cls, group: TensorGroup) -> GroupInputs:
+        """Check a group and take its base.
+
+        Raises:
+            MissingBaseError, ShapeMismatchError, QuantizedWeightError, NonFiniteError.
+        """
+        if group.base is None:
+            raise MissingBaseError(f"tensor {group.metadata.name}: no base among the inputs")
+        for entry in group.entries:
+            _check(entry, group)
+        return cls(group, _computed(group.base.tensor))
+
+    @property
+    def sole_finetuned(self) -> Tensor:
+        """The fine-tuned tensor as it was stored, where there is just one."""
+        (entry,) = self.group.non_base
+        tensor: Tensor = entry.tensor
+        return tensor
+
+    def mean_update(self, weights: Sequence[float]) -> Tensor:
+        """Return dW = sum_i w_i (W_i - W0) / sum_i w_i in the dtype of the computation.
+
+        Raises:
+            ParameterError: all weights are zero.
+            NonFiniteError: the difference of finite weights overflows.
+        """
+        total = sum(weights)
+        if total <= 0:
+            raise ParameterError(
+                f"tensor {self.group.metadata.name}: the weights of the fine-tuned checkpoints sum "
+                "to 0; give at least one a positive `weight`"
+            )
+        dw: Tensor | None = None
+        for entry, weight in zip(self.group.non_base, weights, strict=True):
+            update = _computed(entry.tensor) - self.base
+            if weight != total:
+                update *= weight / total
+            dw = update if dw is None else dw.add_(update)
+        if dw is None:
+            raise ConfigurationError(f"tensor {self.group.metadata.name}: no fine-tuned input")
+        if not _finite(dw):
+            raise NonFiniteError(
+                f"tensor {self.group.metadata.name}: the update overflows {dw.dtype}; the weights of "
+                "base and fine-tuned model are too far apart to belong together"
+            )
+        return dw
+
+    def add_to_base(self, dw: Tensor, factor: float) -> Tensor:
+        """Return W0 + factor dW, rounded once to the dtype of the inputs."""
+        stored = self.group.entries[0].tensor
+        return torch.add(self.base, dw, alpha=factor).to(stored.dtype).reshape(stored.shape)
+
+
+def _computed(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _finite(tensor: Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _check(entry: TensorEntry, group: TensorGroup) -> None:
+    name, tensor = group.metadata.name, entry.tensor
+    if tensor.shape != group.entries[0].tensor.shape:
+        raise ShapeMismatchError(
+            f"tensor {name}: shapes differ: {[tuple(e.tensor.shape) for e in group.entries]}"
+        )
+    if not tensor.is_floating_point():
+        raise QuantizedWeightError(
+            f"tensor {name} of {_named(entry)} is stored as {tensor.dtype}; dequantise the checkpoint "
+            "to float16, bfloat16 or float32 first"
+        )
+    if not _finite(tensor):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise NonFiniteError(
+            f"tensor {name} of {_named(entry)} holds NaN or infinity in {count} of "
+            f"{tensor.numel()} entries; the checkpoint is damaged or its training diverged"
+        )
+
+
+def _named(entry: TensorEntry) -> str:
+    label = entry.id if isinstance(entry.id, (str, os.PathLike, ModelReference)) else f"input {entry.id}"
+    return f"{label} (the base)" if entry.is_base else f"{label}"

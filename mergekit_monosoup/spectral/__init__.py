@@ -1,0 +1,20 @@
+"""The mathematics of one update: matrix view, spectrum, split, mixing, edit.
+
+This room knows tensors only; it imports neither mergekit nor anything that reads a file.
+"""
+
+from mergekit_monosoup.spectral.edit import EditRecord, MatrixRecord, edit_update
+from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
+from mergekit_monosoup.spectral.split import effective_rank, energy_rank, split_index
+
+__all__ = [
+    "Coefficients",
+    "EditRecord",
+    "MatrixRecord",
+    "Mixing",
+    "edit_update",
+    "effective_rank",
+    "energy_rank",
+    "mixing_coefficients",
+    "split_index",
+]

@@ -1,0 +1,62 @@
+"""Where an update's spectrum is split: effective rank or energy threshold."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mergekit_monosoup.errors import ParameterError
+
+
+def effective_rank(singular_values: Tensor) -> float:
+    """Return the effective rank of a spectrum.
+
+    erank = exp(H), H = -sum_i p_i ln p_i, p_i = s_i / sum_j s_j (Roy & Vetterli, 2007, eq. 3-5).
+
+    Args:
+        singular_values: `[r]`, non-negative, not all zero; evaluated in float64.
+
+    Returns:
+        A number in [1, r].
+    """
+    s = singular_values.double()
+    p = s / s.sum()
+    entropy = -torch.special.xlogy(p, p).sum()
+    return math.exp(float(entropy))
+
+
+def energy_rank(singular_values: Tensor, energy: float) -> int:
+    """Return the smallest k that keeps a share R of the energy.
+
+    sum_{i<=k} s_i^2 >= R * sum_i s_i^2 (MonoSoup, the fixed threshold; the paper's value is R = 0.8).
+
+    Args:
+        singular_values: `[r]`, descending; evaluated in float64.
+        energy: R in (0, 1].
+
+    Raises:
+        ParameterError: R out of range.
+    """
+    if not 0 < energy <= 1:
+        raise ParameterError(f"energy is {energy}; it must be in (0, 1]")
+    s = singular_values.double()
+    kept = (s / s[0]).square().cumsum(0)
+    return min(int((kept < energy * kept[-1]).sum()) + 1, len(s))
+
+
+def split_index(singular_values: Tensor, energy: float | None = None) -> int:
+    """Return k, the number of leading singular directions that count as high-energy.
+
+    Without `energy`: k = clamp(ceil(exp H), 1, r), the paper's hyperparameter-free rule.
+    With it: the energy threshold. The automatic rule jumps at k = r, where nothing is left over
+    and lambda_high becomes 1; this is the paper's rule.
+
+    Args:
+        singular_values: `[r]`, descending, not all zero.
+        energy: R in (0, 1], or None for the effective rank.
+    """
+    if energy is not None:
+        return energy_rank(singular_values, energy)
+    return max(1, min(math.ceil(effective_rank(singular_values)), len(singular_values)))
