@@ -1,0 +1,43 @@
+"""Offline, one thread a worker, and checkpoints that all tests of a session share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+from hypothesis import settings
+
+# The first example of a worker pays for torch. The same examples everywhere, so that a failure on
+# one machine is a failure of that machine.
+settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def registered():
+    """Our methods in mergekit's registry."""
+    import mergekit_monosoup
+
+    return mergekit_monosoup.register()
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """family(architecture, dtype name, ...): a base and its variants, written once a session."""
+    from checkpoints import DTYPES, write_family
+
+    written = {}
+
+    def get(architecture="qwen3-tied", dtype="bf16", **options):
+        key = (architecture, dtype, *sorted(options.items()))
+        if key not in written:
+            folder = tmp_path_factory.mktemp(f"{architecture}-{dtype}")
+            written[key] = write_family(folder, architecture, DTYPES[dtype], **options)
+        return written[key]
+
+    return get
