@@ -68,39 +68,57 @@ def validate_recipe(
 class GroupInputs:
     """The checked inputs of one output tensor.
 
-    `base` is W0 in the dtype of the computation (float32, or float64 for float64); the fine-tuned
-    tensors stay as they were stored until they are needed.
+    Tensors stay as they were stored until they are needed; computation is in float32, in float64
+    for float64.
     """
 
     group: TensorGroup
-    base: Tensor
 
     @classmethod
     def of(cls, group: TensorGroup) -> GroupInputs:
         """Check a group and take its base.
 
         Raises:
-            MissingBaseError, ShapeMismatchError, QuantizedWeightError, NonFiniteError.
+            MissingBaseError, ShapeMismatchError, QuantizedWeightError.
         """
         if group.base is None:
             raise MissingBaseError(f"tensor {group.metadata.name}: no base among the inputs")
         for entry in group.entries:
-            _check(entry, group)
-        return cls(group, _computed(group.base.tensor))
+            _check_storage(entry, group)
+        return cls(group)
 
     @property
-    def sole_finetuned(self) -> Tensor:
-        """The fine-tuned tensor as it was stored, where there is just one."""
-        (entry,) = self.group.non_base
-        tensor: Tensor = entry.tensor
+    def base(self) -> Tensor:
+        """W0 in the dtype of the computation: float32, or float64 for float64."""
+        return _computed(self.stored_base)
+
+    @property
+    def stored_base(self) -> Tensor:
+        """W0 as it is stored."""
+        if self.group.base is None:
+            raise MissingBaseError(f"tensor {self.group.metadata.name}: no base among the inputs")
+        tensor: Tensor = self.group.base.tensor
         return tensor
 
-    def mean_update(self, weights: Sequence[float]) -> Tensor:
-        """Return dW = sum_i w_i (W_i - W0) / sum_i w_i in the dtype of the computation.
+    @property
+    def stored_tuned(self) -> list[Tensor]:
+        """The W_i as they are stored."""
+        return [entry.tensor for entry in self.group.non_base]
+
+    def require_finite(self) -> None:
+        """Look through all values.
+
+        Raises:
+            NonFiniteError: names the tensor and the model that holds NaN or infinity.
+        """
+        for entry in self.group.entries:
+            _check_values(entry, self.group)
+
+    def shares(self, weights: Sequence[float]) -> list[float]:
+        """Return w_i / sum_j w_j.
 
         Raises:
             ParameterError: all weights are zero.
-            NonFiniteError: the difference of finite weights overflows.
         """
         total = sum(weights)
         if total <= 0:
@@ -108,20 +126,41 @@ class GroupInputs:
                 f"tensor {self.group.metadata.name}: the weights of the fine-tuned checkpoints sum "
                 "to 0; give at least one a positive `weight`"
             )
+        return [weight / total for weight in weights]
+
+    @property
+    def sole_finetuned(self) -> Tensor:
+        """The fine-tuned tensor as it is stored, where there is just one."""
+        (tensor,) = self.stored_tuned
+        return tensor
+
+    def mean_update(self, weights: Sequence[float]) -> Tensor:
+        """Return dW = sum_i w_i (W_i - W0) / sum_i w_i in the dtype of the computation.
+
+        Raises:
+            ParameterError: all weights are zero.
+            NonFiniteError: NaN or infinity in an input, or the difference of finite weights overflows.
+        """
+        self.require_finite()
+        base = self.base
         dw: Tensor | None = None
-        for entry, weight in zip(self.group.non_base, weights, strict=True):
-            update = _computed(entry.tensor) - self.base
-            if weight != total:
-                update *= weight / total
+        for tensor, share in zip(self.stored_tuned, self.shares(weights), strict=True):
+            update = _computed(tensor) - base
+            if share != 1:
+                update *= share
             dw = update if dw is None else dw.add_(update)
         if dw is None:
             raise ConfigurationError(f"tensor {self.group.metadata.name}: no fine-tuned input")
         if not _finite(dw):
-            raise NonFiniteError(
-                f"tensor {self.group.metadata.name}: the update overflows {dw.dtype}; the weights of "
-                "base and fine-tuned model are too far apart to belong together"
-            )
+            raise self.overflow()
         return dw
+
+    def overflow(self) -> NonFiniteError:
+        """Return the error for finite inputs whose difference is not finite."""
+        return NonFiniteError(
+            f"tensor {self.group.metadata.name}: the update overflows; the weights of base and "
+            "fine-tuned model are too far apart to belong together"
+        )
 
     def add_to_base(self, dw: Tensor, factor: float) -> Tensor:
         """Return W0 + factor dW, rounded once to the dtype of the inputs."""
@@ -140,7 +179,7 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _check(entry: TensorEntry, group: TensorGroup) -> None:
+def _check_storage(entry: TensorEntry, group: TensorGroup) -> None:
     name, tensor = group.metadata.name, entry.tensor
     if tensor.shape != group.entries[0].tensor.shape:
         raise ShapeMismatchError(
@@ -151,6 +190,10 @@ def _check(entry: TensorEntry, group: TensorGroup) -> None:
             f"tensor {name} of {_named(entry)} is stored as {tensor.dtype}; dequantise the checkpoint "
             "to float16, bfloat16 or float32 first"
         )
+
+
+def _check_values(entry: TensorEntry, group: TensorGroup) -> None:
+    name, tensor = group.metadata.name, entry.tensor
     if not _finite(tensor):
         count = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 from mergekit.merge_methods.base import (
@@ -18,11 +18,13 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
+from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.methods.inputs import GroupInputs, validate_recipe
 from mergekit_monosoup.methods.parameters import choice, flag, number, optional_number
-from mergekit_monosoup.spectral.edit import edit_update
+from mergekit_monosoup.spectral.edit import EditOptions, edit_weight
 from mergekit_monosoup.spectral.matrix import is_matrix_like
 from mergekit_monosoup.spectral.mixing import Mixing
+from mergekit_monosoup.spectral.spectrum import Backend
 
 _SPEC = MergeMethodSpec(
     name="monosoup",
@@ -67,6 +69,13 @@ _SPEC = MergeMethodSpec(
             description="below this ||dW||/||W0|| the tensor is not edited, >= 0",
         ),
         ParameterSpec(
+            "spectrum",
+            choice("spectrum", Backend),
+            ParameterScope.SHARED,
+            default="auto",
+            description="how the spectrum is computed: auto, gram or svd",
+        ),
+        ParameterSpec(
             "weight",
             number("weight", "a finite number >= 0", lambda x: x >= 0),
             ParameterScope.NON_BASE,
@@ -102,6 +111,7 @@ class MonoSoup(GroupMergeMethod):
         mixing: Mixing,
         edit: bool,
         min_relative_update: float,
+        spectrum: Backend,
         weight: PerInputValues[float],
         **unknown: Any,
     ) -> Tensor:
@@ -112,21 +122,32 @@ class MonoSoup(GroupMergeMethod):
             ParameterError: all weights of the average are zero.
         """
         inputs = GroupInputs.of(group)
-        dw = inputs.mean_update(weight.values_for(group.non_base))
-        if edit and is_matrix_like(tuple(dw.shape)) and _is_large(dw, inputs, min_relative_update):
-            dw, _record = edit_update(dw, energy=energy, mixing=mixing)
-        elif alpha == 1 and len(group.non_base) == 1:
+        weights = weight.values_for(group.non_base)
+        matrix_like = is_matrix_like(tuple(inputs.stored_base.shape))
+        if edit and matrix_like and not _is_small(inputs, weights, min_relative_update):
+            options = EditOptions(energy, mixing, alpha, spectrum)
+            try:
+                result, _record = edit_weight(
+                    inputs.stored_base, inputs.stored_tuned, inputs.shares(weights), options
+                )
+            except NonFiniteError:
+                inputs.require_finite()
+                raise inputs.overflow() from None
+            return result
+        if alpha == 1 and len(weights) == 1:
             # W0 + (W1 - W0) would round where the two differ by orders of magnitude.
+            inputs.require_finite()
             return inputs.sole_finetuned
-        return inputs.add_to_base(dw, alpha)
+        return inputs.add_to_base(inputs.mean_update(weights), alpha)
 
 
-def _is_large(dw: Tensor, inputs: GroupInputs, threshold: float) -> bool:
-    """Say whether ||dW||_F / ||W0||_F reaches the threshold; without a threshold, everything does."""
+def _is_small(inputs: GroupInputs, weights: Sequence[float], threshold: float) -> bool:
+    """Say whether ||dW||_F / ||W0||_F is below the threshold; without a threshold, nothing is."""
     if threshold == 0:
-        return True
+        return False
     base_norm = float(inputs.base.norm())
-    return (float(dw.norm()) / base_norm if base_norm else math.inf) >= threshold
+    update_norm = float(inputs.mean_update(weights).norm())
+    return update_norm < threshold * base_norm
 
 
 MONOSOUP = MonoSoup()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from mergekit_monosoup.errors import NonFiniteError, ShapeMismatchError
+from mergekit_monosoup.errors import ShapeMismatchError
 from mergekit_monosoup.spectral.matrix import is_matrix_like, matrix_view
 from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
-from mergekit_monosoup.spectral.spectrum import decompose
+from mergekit_monosoup.spectral.spectrum import Backend, decompose
 from mergekit_monosoup.spectral.split import effective_rank, split_index
+from mergekit_monosoup.spectral.update import MatrixUpdate
 
 
 @dataclass(frozen=True)
@@ -82,61 +84,145 @@ class EditRecord:
         return self._mean([m.coefficients.lambda_high for m in self.matrices])
 
 
-def edit_update(
-    dw: Tensor, *, energy: float | None = None, mixing: Mixing = "monosoup"
+@dataclass(frozen=True)
+class EditOptions:
+    """How an update is split and mixed, and how much of the result is added.
+
+    Args:
+        energy: R in (0, 1], or None for the effective rank.
+        mixing: `monosoup` or one of the ablations.
+        alpha: Wise-FT factor on the edited update.
+        spectrum: how the spectrum is computed; see `spectrum.decompose`.
+    """
+
+    energy: float | None = None
+    mixing: Mixing = "monosoup"
+    alpha: float = 1.0
+    spectrum: Backend = "auto"
+
+
+def edit_weight(
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    weights: Sequence[float] = (1.0,),
+    options: EditOptions = EditOptions(),
 ) -> tuple[Tensor, EditRecord]:
-    """Edit one update: lambda_high dW_high + lambda_low dW_low.
+    """Return W0 + alpha (lambda_high dW_high + lambda_low dW_low), dW = sum_i w_i (W_i - W0).
+
+    MonoSoup (arXiv 2602.09689, section 4) on the averaged update. Inputs are read in blocks; apart
+    from the result, a few squares of the smaller side are held.
+
+    Args:
+        base: W0: linear `[out, in]`, convolution `[out, in, k, ...]` or stack of experts
+            `[experts, out, in]`; any floating dtype.
+        tuned: the W_i, in the shape, dtype and on the device of `base`.
+        weights: w_i, summing to 1.
+        options: split, mixing and factor.
+
+    Returns:
+        The weight in the shape and dtype of `base`, rounded once from float32 (float64 for
+        float64), and the record.
+
+    Raises:
+        ShapeMismatchError: fewer than two axes.
+        NonFiniteError: NaN or infinity in an input, or dW overflows.
+    """
+    _require_matrix(base)
+    out = torch.empty_like(base, memory_format=torch.contiguous_format)
+    stacks = [matrix_view(t) for t in tuned]
+    records = []
+    for index, (w0, result) in enumerate(zip(matrix_view(base), matrix_view(out), strict=True)):
+        update = MatrixUpdate(w0, [stack[index] for stack in stacks], weights)
+        records.append(_edit_matrix(update, result, options))
+    return out, EditRecord(tuple(r for r in records if r is not None))
+
+
+def edit_update(
+    dw: Tensor,
+    *,
+    energy: float | None = None,
+    mixing: Mixing = "monosoup",
+    spectrum: Backend = "auto",
+) -> tuple[Tensor, EditRecord]:
+    """Return the edited update lambda_high dW_high + lambda_low dW_low by itself.
 
     The split and the coefficients are MonoSoup's (arXiv 2602.09689, section 4): k from the effective
-    rank, or from the energy threshold where `energy` is given; lambda_low = rho + (1 - rho) cos alpha.
+    rank, or from the energy threshold where `energy` is given.
 
     Args:
         dw: update of a linear weight `[out, in]`, a convolution `[out, in, k, ...]` or a stack of
-            experts `[experts, out, in]`; computed in float32, in float64 for float64.
+            experts `[experts, out, in]`.
         energy: R in (0, 1], or None for the effective rank.
         mixing: `monosoup` or one of the ablations.
+        spectrum: how the spectrum is computed; see `spectrum.decompose`.
 
     Returns:
-        The edited update in the shape of `dw` and the dtype of the computation, and its record.
+        The edited update in the shape of `dw`, float32 (float64 for float64), and its record.
 
     Raises:
         ShapeMismatchError: fewer than two axes.
         NonFiniteError: NaN or infinity in `dw`.
     """
-    if dw.ndim < 2:
+    _require_matrix(dw)
+    dtype = torch.float64 if dw.dtype == torch.float64 else torch.float32
+    out = torch.empty(dw.shape, dtype=dtype, device=dw.device)
+    options = EditOptions(energy, mixing, spectrum=spectrum)
+    records = [
+        _edit_matrix(MatrixUpdate(None, [matrix]), result, options)
+        for matrix, result in zip(matrix_view(dw), matrix_view(out), strict=True)
+    ]
+    return out, EditRecord(tuple(r for r in records if r is not None))
+
+
+def _require_matrix(tensor: Tensor) -> None:
+    if not is_matrix_like(tuple(tensor.shape)):
         raise ShapeMismatchError(
-            f"an update of shape {tuple(dw.shape)} is not a matrix; leave tensors with fewer than "
-            "two axes unedited"
+            f"a tensor of shape {tuple(tensor.shape)} is not a matrix; leave tensors with fewer than "
+            "two axes or without entries unedited"
         )
-    dw = dw if dw.dtype == torch.float64 else dw.float()
-    if not is_matrix_like(tuple(dw.shape)):
-        return dw, EditRecord(())
-    stack = matrix_view(dw)
-    edited = torch.empty_like(stack, memory_format=torch.contiguous_format)
-    records = []
-    for matrix, out in zip(stack, edited, strict=True):
-        record = _edit_matrix(matrix, out, energy, mixing)
-        if record is not None:
-            records.append(record)
-    return edited.reshape(dw.shape), EditRecord(tuple(records))
 
 
-def _edit_matrix(matrix: Tensor, out: Tensor, energy: float | None, mixing: Mixing) -> MatrixRecord | None:
-    """Write the edited `matrix` into `out`; None where there is no update."""
-    peak = float(matrix.abs().max())
-    if not math.isfinite(peak):
-        raise NonFiniteError("the update holds NaN or infinity")
-    if peak == 0:
-        out.zero_()
+def _edit_matrix(update: MatrixUpdate, out: Tensor, options: EditOptions) -> MatrixRecord | None:
+    """Write base + alpha * edited update into `out` `[rows, columns]`; None without an update."""
+    rank = min(out.shape)
+    update = update.without_untouched_lines()
+    if update.lines is not None:
+        _copy_base(update, out)
+    spectrum = decompose(update, options.energy, options.spectrum) if update.small else None
+    if spectrum is None:
+        _copy_base(update, out)
         return None
-    # A power of two leaves every digit as it is and keeps squares inside the range of the dtype.
-    scale = 2.0 ** -math.frexp(peak)[1]
-    spectrum = decompose(matrix * scale)
     values = spectrum.singular_values
-    k = split_index(values, energy)
-    c = mixing_coefficients(values, k, mixing)
-    torch.mul(matrix, c.lambda_low, out=out)
-    if c.lambda_high != c.lambda_low:
-        high = spectrum.high_part(k) if k < len(values) else matrix * scale
-        out.add_(high, alpha=(c.lambda_high - c.lambda_low) / scale)
-    return MatrixRecord(len(values), k, effective_rank(values), c, spectrum.backend)
+    k = split_index(values, options.energy)
+    c = mixing_coefficients(values, k, options.mixing)
+    basis = None
+    whole, part = c.lambda_high, 0.0
+    if k < len(values) and c.lambda_high != c.lambda_low:
+        basis, complement = spectrum.basis(k)
+        basis = basis.to(update.dtype)
+        # edited = whole * dW + part * dW B B^T, B on the side of the split that has fewer directions.
+        whole = c.lambda_high if complement else c.lambda_low
+        part = c.lambda_low - whole if complement else c.lambda_high - whole
+    record = MatrixRecord(rank, k, effective_rank(values), c, spectrum.backend)
+    del spectrum
+    _apply(update, out, options.alpha * whole, options.alpha * part, basis)
+    return record
+
+
+def _copy_base(update: MatrixUpdate, out: Tensor) -> None:
+    if update.base is None:
+        out.zero_()
+    else:
+        out.copy_(update.base)
+
+
+def _apply(update: MatrixUpdate, out: Tensor, whole: float, part: float, basis: Tensor | None) -> None:
+    """Write base + whole * dW + part * dW basis basis^T, block by block."""
+    for start, stop in update.spans():
+        block = update.block(start, stop)
+        value = block.delta * whole
+        if block.base is not None:
+            value += block.base
+        if basis is not None:
+            value.addmm_(block.delta @ basis, basis.T, alpha=part)
+        update.write(out, start, stop, value)

@@ -1,41 +1,204 @@
-"""Singular values of an update and the part of it that lies in the leading directions."""
+"""Singular values of an update and a basis of the subspace on one side of the split.
+
+Neither V nor a full SVD is needed: the smaller Gram matrix has the singular values as roots of its
+eigenvalues, and its eigenvectors span the leading subspace and its complement. Float32 is enough for
+most updates; `certify` decides afterwards, and float64 or an SVD takes over where it is not.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mergekit_monosoup.errors import NonFiniteError
+from mergekit_monosoup.spectral.certify import (
+    eigenvalue_tolerance,
+    is_certain,
+    singular_value_errors,
+)
+from mergekit_monosoup.spectral.eigen import SMALL, DenseEigen, GramAccumulator, VectorSource
+from mergekit_monosoup.spectral.precision import full_float32
+from mergekit_monosoup.spectral.update import MatrixUpdate
+
+Backend = Literal["auto", "gram", "svd"]
+
+# Sums of squares outside this range are formed again from scaled entries.
+_SAFE = {torch.float32: (1e-28, 1e34), torch.float64: (1e-280, 1e280)}
+# Numerical rank, as a share of the smaller side, up to which an update is treated through a factor.
+_LOW_RANK = 1 / 8
+
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A decomposed matrix: singular values, and the means to project on the leading ones.
+    """The spectrum of one matrix, seen from its smaller side.
 
-    `singular_values` is `[r]`, descending, r = min(rows, columns), in units of the matrix;
-    `backend` names how they were obtained.
+    `singular_values` is `[q]`, descending, float64 on the CPU; q is the number of columns of the
+    smaller side that the update touches, all further singular values are zero. `backend` says how
+    they were obtained: `gram32`, `gram64`, `factor` (low numerical rank) or `svd`.
     """
 
     singular_values: Tensor
     backend: str
-    _left: Tensor
-    _right: Tensor
+    _eigen: VectorSource
+    _live: Tensor
 
-    def high_part(self, k: int) -> Tensor:
-        """Return dW_high = sum_{i<=k} s_i u_i v_i^T, `[rows, columns]`."""
-        return (self._left[:, :k] * self.singular_values[:k]) @ self._right[:k]
+    def basis(self, k: int) -> tuple[Tensor, bool]:
+        """Return an orthonormal basis on one side of the split, whichever is smaller.
+
+        Returns:
+            `[small, c]` on the device of the update, and whether it spans the complement (singular
+            directions beyond k) rather than the leading k.
+        """
+        q = len(self.singular_values)
+        complement = q - k < k
+        part = self._eigen.vectors(0, q - k) if complement else self._eigen.vectors(q - k, q)
+        if q == len(self._live):
+            return part, complement
+        whole = part.new_zeros(len(self._live), part.shape[1])
+        whole[self._live.to(part.device)] = part
+        return whole, complement
 
 
-def decompose(matrix: Tensor) -> Spectrum:
-    """Return the spectrum of one matrix by a thin SVD.
+def decompose(
+    update: MatrixUpdate, energy: float | None = None, backend: Backend = "auto"
+) -> Spectrum | None:
+    """Return the spectrum of an update, precise enough for the split at `energy`; None if it is zero.
 
     Args:
-        matrix: `[rows, columns]`, finite, float32 or float64.
+        update: the matrix.
+        energy: R of the split that is going to be made, None for the effective rank.
+        backend: `gram` goes as far as float64; `auto` goes on to the SVD where that is in doubt and
+            starts with it for float64 inputs; `svd` is the yardstick, in float64.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the update.
     """
-    try:
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        # The divide-and-conquer driver can fail to converge in float32; float64 has the headroom.
-        parts = torch.linalg.svd(matrix.double(), full_matrices=False)
-        left, values, right = (part.to(matrix.dtype) for part in parts)
-    return Spectrum(values, "svd", left, right)
+    if backend == "svd" or (backend == "auto" and update.dtype == torch.float64):
+        return _by_svd(update)
+    with full_float32(update.device):
+        if update.dtype == torch.float32 and update.small > SMALL:
+            first = _by_gram(update, torch.float32)
+            if first is None or _is_certain(first, torch.float32, energy):
+                return first
+            factored = _by_factor(update, first, energy)
+            if factored is not None:
+                return factored
+            del first
+        second = _by_gram(update, torch.float64)
+    if second is None or backend == "gram" or _is_certain(second, torch.float64, energy):
+        return second
+    return _by_svd(update)
+
+
+def _is_certain(spectrum: Spectrum, dtype: torch.dtype, energy: float | None) -> bool:
+    values = spectrum.singular_values
+    tau = eigenvalue_tolerance(float(values[0]) ** 2, dtype)
+    return is_certain(values, singular_value_errors(values, tau), energy)
+
+
+def _by_gram(update: MatrixUpdate, dtype: torch.dtype) -> Spectrum | None:
+    scale = 1.0
+    gram = _accumulated(update, dtype, scale)
+    low, high = _SAFE[dtype]
+    # NaN fails the comparison as well: inputs are looked at again only when something is wrong.
+    if not low < float(gram.diagonal().max()) < high:
+        peak = _finite_peak(update)
+        if peak == 0:
+            return None
+        scale = _power_of_two_below(1 / peak)
+        gram = _accumulated(update, dtype, scale)
+    live = gram.diagonal() > 0
+    eigen = gram.eigen(live)
+    values = eigen.values.flip(0).clamp(min=0).sqrt() / scale
+    return Spectrum(values, "gram32" if dtype == torch.float32 else "gram64", eigen, live)
+
+
+def _accumulated(update: MatrixUpdate, dtype: torch.dtype, scale: float) -> GramAccumulator:
+    gram = GramAccumulator(update.small, dtype, update.device)
+    for span in update.spans():
+        delta = update.block(*span, dtype=dtype).delta
+        gram.add(delta if scale == 1 else delta * scale)
+    return gram
+
+
+def _by_factor(update: MatrixUpdate, first: Spectrum, energy: float | None) -> Spectrum | None:
+    """Return the spectrum of an update of low numerical rank from a tall factor, or None.
+
+    With Q `[small, q]` spanning the singular directions above the noise, dW = (dW Q) Q^T + R. The
+    singular values of dW Q are found in float64; ||R||_F, computed and not estimated, bounds all the
+    others and the error made by leaving them out.
+    """
+    values = first.singular_values
+    noise = math.sqrt(eigenvalue_tolerance(float(values[0]) ** 2, torch.float32))
+    q = int((values > 4 * noise).sum())
+    if not 0 < q <= _LOW_RANK * update.small:
+        return None
+    leading, _ = torch.linalg.qr(first.basis(q)[0].double())
+    gram = leading.new_zeros(q, q)
+    rest = 0.0
+    for span in update.spans():
+        delta = update.block(*span, dtype=torch.float64).delta
+        factor = delta @ leading
+        gram += factor.T @ factor
+        rest += float((delta - factor @ leading.T).square().sum())
+    eigen = DenseEigen(gram)
+    found = eigen.values.flip(0).clamp(min=0).sqrt()
+    others = update.small - q
+    bounds = torch.cat(
+        [
+            (rest / found).clamp(max=math.sqrt(rest)),
+            torch.full((others,), math.sqrt(rest / max(others, 1)), dtype=torch.float64),
+        ]
+    )
+    if not is_certain(torch.cat([found, found.new_zeros(others)]), bounds, energy):
+        return None
+    everywhere = torch.ones(update.small, dtype=torch.bool)
+    return Spectrum(found, "factor", _Rotated(leading, eigen), everywhere)
+
+
+def _by_svd(update: MatrixUpdate) -> Spectrum | None:
+    peak = _finite_peak(update)
+    if peak == 0:
+        return None
+    dense = update.block(0, update.long, dtype=torch.float64).delta * _power_of_two_below(1 / peak)
+    _, values, right = torch.linalg.svd(dense, full_matrices=False)
+    everywhere = torch.ones(update.small, dtype=torch.bool)
+    values = values.cpu() / _power_of_two_below(1 / peak)
+    return Spectrum(values, "svd", _Known(right.T.flip(1)), everywhere)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Vectors in ascending order that are there already."""
+
+    _vectors: Tensor
+
+    def vectors(self, start: int, stop: int) -> Tensor:
+        return self._vectors[:, start:stop]
+
+
+@dataclass(frozen=True)
+class _Rotated:
+    """Eigenvectors within the span of `_span` `[small, q]`."""
+
+    _span: Tensor
+    _eigen: DenseEigen
+
+    def vectors(self, start: int, stop: int) -> Tensor:
+        return self._span @ self._eigen.vectors(start, stop)
+
+
+def _finite_peak(update: MatrixUpdate) -> float:
+    peak = update.peak()
+    if not math.isfinite(peak):
+        raise NonFiniteError("the update holds NaN or infinity")
+    return peak
+
+
+def _power_of_two_below(x: float) -> float:
+    """Return a power of two: scaling by it changes no digit."""
+    return 2.0 ** (math.frexp(x)[1] - 1)

@@ -1,0 +1,151 @@
+"""An update that is never held in memory as a whole: W0, the W_i and their weights, read in blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+# Entries of a block: a few megabytes stay in the processor's cache, and are a fraction of any
+# matrix that is worth cutting up; an accelerator wants larger launches.
+_CPU_BLOCK = 1 << 20
+_DEVICE_BLOCK = 1 << 26
+_SAMPLED_LINES = 64
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of W0 (None for a bare update) and of dW, `[length, small]`, in float32 or float64."""
+
+    base: Tensor | None
+    delta: Tensor
+
+
+@dataclass(frozen=True)
+class MatrixUpdate:
+    """dW = sum_i w_i (W_i - W0) of one matrix, seen along its longer side.
+
+    The longer side is cut into blocks; every block comes as `[length, small]`, so that a wide matrix
+    is read as its transpose. `lines` restricts `line_axis` to the rows or columns that the fine-tuning
+    touched; the others are zero in dW and take no part.
+
+    Args:
+        base: W0 `[rows, columns]`, or None when `tuned` holds a bare update.
+        tuned: the W_i, same shape, any floating dtype.
+        weights: w_i, summing to 1.
+    """
+
+    base: Tensor | None
+    tuned: Sequence[Tensor]
+    weights: Sequence[float] = (1.0,)
+    line_axis: int = 0
+    lines: Tensor | None = None
+    _sizes: tuple[int, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        sizes = list(self.tuned[0].shape)
+        if self.lines is not None:
+            sizes[self.line_axis] = len(self.lines)
+        object.__setattr__(self, "_sizes", (sizes[0], sizes[1]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the computation: float64 for float64 inputs, float32 for all others."""
+        return torch.float64 if self.tuned[0].dtype == torch.float64 else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs lie and all work is done."""
+        return self.tuned[0].device
+
+    @property
+    def long_axis(self) -> int:
+        """Axis that is cut into blocks."""
+        return 0 if self._sizes[0] >= self._sizes[1] else 1
+
+    @property
+    def long(self) -> int:
+        """Length of the longer side."""
+        return self._sizes[self.long_axis]
+
+    @property
+    def small(self) -> int:
+        """Length of the shorter side."""
+        return self._sizes[1 - self.long_axis]
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Yield the (start, stop) of each block along the longer side."""
+        entries = _CPU_BLOCK if self.device.type == "cpu" else _DEVICE_BLOCK
+        step = max(256, entries // max(1, self.small))
+        for start in range(0, self.long, step):
+            yield start, min(start + step, self.long)
+
+    def block(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Block:
+        """Return W0 and dW between `start` and `stop` of the longer side."""
+        dtype = dtype or self.dtype
+        base = None if self.base is None else self._piece(self.base, start, stop).to(dtype)
+        delta: Tensor | None = None
+        for tensor, weight in zip(self.tuned, self.weights, strict=True):
+            piece = self._piece(tensor, start, stop).to(dtype)
+            # Never in place: without a conversion, a piece is the caller's own tensor.
+            part = piece if base is None else piece - base
+            part = part if weight == 1 else part * weight
+            delta = part if delta is None else delta + part
+        if delta is None:
+            raise ValueError("an update needs at least one fine-tuned tensor")
+        if self.long_axis == 1:
+            return Block(base if base is None else base.T, delta.T)
+        return Block(base, delta)
+
+    def write(self, out: Tensor, start: int, stop: int, value: Tensor) -> None:
+        """Round `value` `[length, small]` once into its place in `out` `[rows, columns]`."""
+        value = value.T if self.long_axis == 1 else value
+        if self.lines is None:
+            out.narrow(self.long_axis, start, stop - start).copy_(value)
+        elif self.line_axis == self.long_axis:
+            out.index_copy_(self.line_axis, self.lines[start:stop], value.to(out.dtype))
+        else:
+            part = out.narrow(self.long_axis, start, stop - start)
+            part.index_copy_(self.line_axis, self.lines, value.to(out.dtype))
+
+    def without_untouched_lines(self) -> MatrixUpdate:
+        """Return the update restricted to the touched lines of its longer side.
+
+        A sample decides whether to look: an embedding of which the fine-tuning saw few tokens is
+        noticed, other matrices cost nothing.
+        """
+        axis = self.long_axis
+        count = self.tuned[0].shape[axis]
+        if self.lines is not None or count <= _SAMPLED_LINES:
+            return self
+        sample = torch.arange(0, count, count // _SAMPLED_LINES, device=self.device)
+        if bool(self._touched(axis, sample).all()):
+            return self
+        touched = [
+            self._touched(axis, torch.arange(start, stop, device=self.device)) for start, stop in self.spans()
+        ]
+        return replace(self, line_axis=axis, lines=torch.cat(touched).nonzero().flatten())
+
+    def _touched(self, axis: int, lines: Tensor) -> Tensor:
+        reference = None if self.base is None else self.base.index_select(axis, lines)
+        hit = torch.zeros(len(lines), dtype=torch.bool, device=self.device)
+        for tensor in self.tuned:
+            picked = tensor.index_select(axis, lines)
+            hit |= (picked != (0 if reference is None else reference)).any(dim=1 - axis)
+        return hit
+
+    def _piece(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        if self.lines is not None and self.line_axis == self.long_axis:
+            return tensor.index_select(self.line_axis, self.lines[start:stop])
+        piece = tensor.narrow(self.long_axis, start, stop - start)
+        if self.lines is not None:
+            piece = piece.index_select(self.line_axis, self.lines)
+        return piece
+
+    def peak(self) -> float:
+        """Return max |dW|, which is not finite where an input is not."""
+        peaks = [float(self.block(*span).delta.abs().max()) for span in self.spans()]
+        return math.nan if any(math.isnan(p) for p in peaks) else max(peaks, default=0.0)
