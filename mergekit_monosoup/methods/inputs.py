@@ -97,13 +97,12 @@ class GroupInputs:
         """W0 as it is stored."""
         if self.group.base is None:
             raise MissingBaseError(f"tensor {self.group.metadata.name}: no base among the inputs")
-        tensor: Tensor = self.group.base.tensor
-        return tensor
+        return self.group.base.tensor.detach()
 
     @property
     def stored_tuned(self) -> list[Tensor]:
         """The W_i as they are stored."""
-        return [entry.tensor for entry in self.group.non_base]
+        return [entry.tensor.detach() for entry in self.group.non_base]
 
     def require_finite(self) -> None:
         """Look through all values.
@@ -164,8 +163,20 @@ class GroupInputs:
 
     def add_to_base(self, dw: Tensor, factor: float) -> Tensor:
         """Return W0 + factor dW, rounded once to the dtype of the inputs."""
-        stored = self.group.entries[0].tensor
-        return torch.add(self.base, dw, alpha=factor).to(stored.dtype).reshape(stored.shape)
+        return self.checked(torch.add(self.base, dw, alpha=factor).to(self.stored_base.dtype))
+
+    def checked(self, result: Tensor) -> Tensor:
+        """Return a result unless it left the range of its dtype, which float16 alone is short of.
+
+        Raises:
+            NonFiniteError: names tensor and remedy.
+        """
+        if result.dtype == torch.float16 and not _finite(result):
+            raise NonFiniteError(
+                f"tensor {self.group.metadata.name}: the result overflows float16; set "
+                "`dtype: float32` with `out_dtype: bfloat16`, or a smaller `alpha`"
+            )
+        return result
 
 
 def _computed(tensor: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class MonoSoup(GroupMergeMethod):
             except NonFiniteError:
                 inputs.require_finite()
                 raise inputs.overflow() from None
-            return result
+            return inputs.checked(result)
         if alpha == 1 and len(weights) == 1:
             # W0 + (W1 - W0) would round where the two differ by orders of magnitude.
             inputs.require_finite()

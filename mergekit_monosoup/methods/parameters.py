@@ -30,7 +30,8 @@ def checked(base: Any, name: str, allowed: str, accept: Callable[[Any], bool]) -
         except ValidationError:
             parsed, good = None, False
         else:
-            good = accept(parsed)
+            # pydantic reads true as 1.0; in a recipe it is a slip.
+            good = isinstance(parsed, bool) == isinstance(value, bool) and accept(parsed)
         if not good:
             raise ParameterError(f"parameter {name!r} is {value!r}; it must be {allowed}")
         return parsed

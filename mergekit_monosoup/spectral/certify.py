@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.spectral.mixing import mixing_coefficients
-from mergekit_monosoup.spectral.split import effective_rank, split_index
+from mergekit_monosoup.spectral.split import effective_rank, rank_index, split_index
 
 # Error of the eigenvalues of a Gram matrix, in units of eps * lambda_1, as far as it matters here. A
 # single eigenvalue may be off by 6, but the effects on the effective rank do not add up: for Gaussian,
@@ -80,6 +80,6 @@ def _rank_is_certain(values: Tensor, errors: Tensor, k: int) -> bool:
     # A value below its error may be as large as the error, or zero.
     p = torch.maximum(values, errors) / total
     change = float((errors * (p.clamp(min=1e-300).log() + entropy).abs()).sum()) / total
-    highest = min(math.ceil(rank * math.exp(change)), len(values))
-    lowest = max(math.ceil(rank * math.exp(-change)), 1)
+    lowest = rank_index(rank * math.exp(-change), len(values))
+    highest = rank_index(rank * math.exp(change), len(values))
     return lowest == k == highest

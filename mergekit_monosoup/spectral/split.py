@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mergekit_monosoup.errors import ParameterError
 
+# Relative excess over an integer that is taken for rounding, in float64 sums of thousands of terms.
+_ROUNDING = 1e-10
+
 
 def effective_rank(singular_values: Tensor) -> float:
     """Return the effective rank of a spectrum.
@@ -46,6 +49,15 @@ def energy_rank(singular_values: Tensor, energy: float) -> int:
     return min(int((kept < energy * kept[-1]).sum()) + 1, len(s))
 
 
+def rank_index(rank: float, size: int) -> int:
+    """Return clamp(ceil(rank), 1, size).
+
+    Rounding in the entropy may lift the effective rank of, say, four equal singular values to
+    4 + 1e-15; such an excess does not count.
+    """
+    return max(1, min(math.ceil(rank * (1 - _ROUNDING)), size))
+
+
 def split_index(singular_values: Tensor, energy: float | None = None) -> int:
     """Return k, the number of leading singular directions that count as high-energy.
 
@@ -59,4 +71,4 @@ def split_index(singular_values: Tensor, energy: float | None = None) -> int:
     """
     if energy is not None:
         return energy_rank(singular_values, energy)
-    return max(1, min(math.ceil(effective_rank(singular_values)), len(singular_values)))
+    return rank_index(effective_rank(singular_values), len(singular_values))

@@ -134,7 +134,9 @@ class MatrixUpdate:
         hit = torch.zeros(len(lines), dtype=torch.bool, device=self.device)
         for tensor in self.tuned:
             picked = tensor.index_select(axis, lines)
-            hit |= (picked != (0 if reference is None else reference)).any(dim=1 - axis)
+            # A difference, not a comparison: infinity in both is no untouched line but an error.
+            change = picked if reference is None else picked - reference
+            hit |= (change != 0).any(dim=1 - axis)
         return hit
 
     def _piece(self, tensor: Tensor, start: int, stop: int) -> Tensor:
