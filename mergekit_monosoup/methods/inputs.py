@@ -97,7 +97,8 @@ class GroupInputs:
         """W0 as it is stored."""
         if self.group.base is None:
             raise MissingBaseError(f"tensor {self.group.metadata.name}: no base among the inputs")
-        return self.group.base.tensor.detach()
+        tensor: Tensor = self.group.base.tensor.detach()
+        return tensor
 
     @property
     def stored_tuned(self) -> list[Tensor]:

@@ -31,7 +31,7 @@ def checked(base: Any, name: str, allowed: str, accept: Callable[[Any], bool]) -
             parsed, good = None, False
         else:
             # pydantic reads true as 1.0; in a recipe it is a slip.
-            good = isinstance(parsed, bool) == isinstance(value, bool) and accept(parsed)
+            good = (isinstance(parsed, bool) or not isinstance(value, bool)) and accept(parsed)
         if not good:
             raise ParameterError(f"parameter {name!r} is {value!r}; it must be {allowed}")
         return parsed
