@@ -4,10 +4,7 @@ The names below are imported on first use: the start-up hook imports this packag
 Python process of the environment, so the package itself must cost next to nothing.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as in typing, which takes longer to import than all of this
 
 if TYPE_CHECKING:
     from mergekit_monosoup.errors import MonoSoupError
@@ -25,9 +22,12 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
+    import importlib
+
+    value: object
     if name == "__version__":
-        value: Any = importlib.import_module("importlib.metadata").version("mergekit-monosoup")
+        value = importlib.import_module("importlib.metadata").version("mergekit-monosoup")
     elif name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
     else:

@@ -23,7 +23,13 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"mergekit_monosoup.cli.{cmd_name}")
+        try:
+            module = importlib.import_module(f"mergekit_monosoup.cli.{cmd_name}")
+        except ModuleNotFoundError as error:
+            raise click.ClickException(
+                f"{cmd_name} needs the package {error.name!r}, which is not installed here; "
+                "`mergekit-monosoup doctor` says what is missing"
+            ) from error
         command = getattr(module, cmd_name)
         if not isinstance(command, click.Command):
             raise TypeError(f"mergekit_monosoup.cli.{cmd_name}.{cmd_name} is not a click command")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from mergekit.common import ModelReference
 from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from torch import Tensor
 
@@ -59,6 +57,9 @@ def validate_recipe(
             f"{f' for {group_name}' if group_name else ''}; add it under `models:`"
         )
     if whole_recipe:
+        # Imported here: it brings transformers, which a mere registration must not.
+        from mergekit.common import ModelReference
+
         for input_id in input_ids:
             if isinstance(input_id, ModelReference):
                 refuse_quantized_checkpoint(input_id)
@@ -82,10 +83,15 @@ class GroupInputs:
             MissingBaseError, ShapeMismatchError, QuantizedWeightError.
         """
         if group.base is None:
-            raise MissingBaseError(f"tensor {group.metadata.name}: no base among the inputs")
+            raise MissingBaseError(f"{_label(group)}: no base among the inputs")
         for entry in group.entries:
             _check_storage(entry, group)
         return cls(group)
+
+    @property
+    def label(self) -> str:
+        """The tensor, as messages call it."""
+        return _label(self.group)
 
     @property
     def base(self) -> Tensor:
@@ -96,7 +102,7 @@ class GroupInputs:
     def stored_base(self) -> Tensor:
         """W0 as it is stored."""
         if self.group.base is None:
-            raise MissingBaseError(f"tensor {self.group.metadata.name}: no base among the inputs")
+            raise MissingBaseError(f"{self.label}: no base among the inputs")
         tensor: Tensor = self.group.base.tensor.detach()
         return tensor
 
@@ -123,7 +129,7 @@ class GroupInputs:
         total = sum(weights)
         if total <= 0:
             raise ParameterError(
-                f"tensor {self.group.metadata.name}: the weights of the fine-tuned checkpoints sum "
+                f"{self.label}: the weights of the fine-tuned checkpoints sum "
                 "to 0; give at least one a positive `weight`"
             )
         return [weight / total for weight in weights]
@@ -150,7 +156,7 @@ class GroupInputs:
                 update *= share
             dw = update if dw is None else dw.add_(update)
         if dw is None:
-            raise ConfigurationError(f"tensor {self.group.metadata.name}: no fine-tuned input")
+            raise ConfigurationError(f"{self.label}: no fine-tuned input")
         if not _finite(dw):
             raise self.overflow()
         return dw
@@ -158,7 +164,7 @@ class GroupInputs:
     def overflow(self) -> NonFiniteError:
         """Return the error for finite inputs whose difference is not finite."""
         return NonFiniteError(
-            f"tensor {self.group.metadata.name}: the update overflows; the weights of base and "
+            f"{self.label}: the update overflows; the weights of base and "
             "fine-tuned model are too far apart to belong together"
         )
 
@@ -174,7 +180,7 @@ class GroupInputs:
         """
         if result.dtype == torch.float16 and not _finite(result):
             raise NonFiniteError(
-                f"tensor {self.group.metadata.name}: the result overflows float16; set "
+                f"{self.label}: the result overflows float16; set "
                 "`dtype: float32` with `out_dtype: bfloat16`, or a smaller `alpha`"
             )
         return result
@@ -192,28 +198,32 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _check_storage(entry: TensorEntry, group: TensorGroup) -> None:
-    name, tensor = group.metadata.name, entry.tensor
+    tensor = entry.tensor
     if tensor.shape != group.entries[0].tensor.shape:
         raise ShapeMismatchError(
-            f"tensor {name}: shapes differ: {[tuple(e.tensor.shape) for e in group.entries]}"
+            f"{_label(group)}: shapes differ: {[tuple(e.tensor.shape) for e in group.entries]}"
         )
     if not tensor.is_floating_point():
         raise QuantizedWeightError(
-            f"tensor {name} of {_named(entry)} is stored as {tensor.dtype}; dequantise the checkpoint "
+            f"{_label(group)} of {_named(entry)} is stored as {tensor.dtype}; dequantise the checkpoint "
             "to float16, bfloat16 or float32 first"
         )
 
 
 def _check_values(entry: TensorEntry, group: TensorGroup) -> None:
-    name, tensor = group.metadata.name, entry.tensor
+    tensor = entry.tensor
     if not _finite(tensor):
         count = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
-            f"tensor {name} of {_named(entry)} holds NaN or infinity in {count} of "
+            f"{_label(group)} of {_named(entry)} holds NaN or infinity in {count} of "
             f"{tensor.numel()} entries; the checkpoint is damaged or its training diverged"
         )
 
 
+def _label(group: TensorGroup) -> str:
+    return f"tensor {group.metadata.name}" if group.metadata.name else "an unnamed tensor"
+
+
 def _named(entry: TensorEntry) -> str:
-    label = entry.id if isinstance(entry.id, (str, os.PathLike, ModelReference)) else f"input {entry.id}"
-    return f"{label} (the base)" if entry.is_base else f"{label}"
+    label = f"input {entry.id}" if isinstance(entry.id, int) else str(entry.id)
+    return f"{label} (the base)" if entry.is_base else label

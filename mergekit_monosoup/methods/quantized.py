@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mergekit.common import ModelReference
 from safetensors import safe_open
 
 from mergekit_monosoup.errors import QuantizedWeightError
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
 
 # Integer buffers such as position ids are fine; integer matrices under these names are weights.
 _WEIGHT_SUFFIXES = ("weight", "qweight", "weight_packed", "blocks")
