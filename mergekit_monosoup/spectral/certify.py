@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,76 +11,124 @@ from torch import Tensor
 from mergekit_monosoup.spectral.mixing import mixing_coefficients
 from mergekit_monosoup.spectral.split import effective_rank, rank_index, split_index
 
-# Error of the eigenvalues of a Gram matrix, in units of eps * lambda_1, as far as it matters here. A
-# single eigenvalue may be off by 6, but the effects on the effective rank do not add up: for Gaussian,
-# power-law, spiked and graded updates of 512 to 2048 columns the effective rank is off by at most a
-# fifth of the sum that a unit error in every eigenvalue would give. Twice that sum is a margin of ten;
-# tests/test_certify.py measures it.
-_EIGENVALUE_ERROR = 2.0
-# Largest uncertainty of lambda_low that is let through; a fifth of what is promised to the user.
-_COEFFICIENT_ERROR = 2e-5
+# How far the eigenvalues of a Gram matrix formed in finite precision are off (they are found in
+# float64). Rounding of the product is independent from entry to entry, with a spread below eps times
+# the largest diagonal entry; their common shift is below a few eps of the mean. The effect on the
+# effective rank of Gaussian, power-law, spiked, graded and low-rank updates stays below one spread; eight
+# are allowed for. tests/test_certify.py measures it.
+_SPREADS = 8.0
+_SHIFT = 4.0
+# Largest estimate of ||(P' - P) dW||_F / ||dW||_F, P' being mixed across the split by rounding. The
+# estimate is on the safe side: the largest entry of the error is about a seventh of it, in max |dW|.
+_SUBSPACE_ERROR = 1e-4
+# Largest uncertainty of lambda_low that is let through; a third of what is promised to the user.
+_COEFFICIENT_ERROR = 3e-5
 
 
-def eigenvalue_tolerance(largest: float, dtype: torch.dtype) -> float:
-    """Return tau, the error ascribed to each eigenvalue of a Gram matrix formed and solved in `dtype`.
+@dataclass(frozen=True)
+class Doubt:
+    """What is not known of singular values s_1 >= ... >= s_q.
 
-    Weyl: no eigenvalue moves by more than the norm of the perturbation, which for the product, the
-    reduction to tridiagonal form and its solution together is a few eps lambda_1.
+    `shift` `[q]` bounds errors of s_i that may all have the same sign; `spread` `[q]` is the standard
+    deviation of errors that are independent of each other. Both in units of s.
     """
-    return _EIGENVALUE_ERROR * torch.finfo(dtype).eps * largest
+
+    shift: Tensor
+    spread: Tensor
 
 
-def singular_value_errors(values: Tensor, tau: float) -> Tensor:
-    """Return bounds on the errors of s_i = sqrt(lambda_i) when lambda_i is uncertain by tau.
-
-    |sqrt(l + d) - sqrt(l)| <= |d| / max(sqrt(l), sqrt(|d|)): harmless for large singular values,
-    sqrt(tau) for those that drown.
-    """
-    return tau / values.clamp(min=math.sqrt(tau)) if tau > 0 else torch.zeros_like(values)
-
-
-def is_certain(values: Tensor, errors: Tensor, energy: float | None) -> bool:
-    """Say whether k and the coefficients are the same for all spectra within the errors.
-
-    For the effective rank, dH/ds_i = -(ln p_i + H) / sum_j s_j bounds the change of H to first
-    order, term by term; for an energy threshold, the kept energies on both sides of k are compared
-    with R.
+def gram_doubt(values: Tensor, diagonal: Tensor, dtype: torch.dtype) -> Doubt:
+    """Return what is not known of singular values found from a Gram matrix formed in `dtype`.
 
     Args:
-        values: singular values `[r]`, descending, float64.
-        errors: bounds on their errors, same shape.
+        values: roots of the eigenvalues, `[q]`, descending, float64.
+        diagonal: squared norms of the columns, in units of `values` squared.
+        dtype: of the products.
+    """
+    eps = torch.finfo(dtype).eps
+    return Doubt(
+        _root_error(values, _SHIFT * eps * float(diagonal.mean())),
+        _root_error(values, eps * float(diagonal.max())),
+    )
+
+
+def subspace_is_certain(values: Tensor, diagonal: Tensor, dtype: torch.dtype, k: int) -> bool:
+    """Say whether the leading subspace is known well enough for the edit.
+
+    A perturbation with entries e turns direction i into j by e / (l_i - l_j), and the projected update
+    by s_i times that; over all pairs on different sides of the split, the sum of squares bounds
+    ||(P' - P) dW||_F^2 to first order (Davis & Kahan, 1970).
+
+    Args:
+        values: singular values `[q]`, descending, float64.
+        diagonal: squared norms of the columns, in units of `values` squared.
+        dtype: of the products.
+        k: the split.
+    """
+    if k == len(values):
+        return True
+    squares = values.square()
+    entry = torch.finfo(dtype).eps * float(diagonal.mean())
+    gaps = squares[:k, None] - squares[None, k:]
+    turns = (entry / gaps.clamp(min=entry)).square()
+    error = (turns * (squares[:k, None] + squares[None, k:])).sum().sqrt()
+    return float(error / squares.sum().sqrt()) <= _SUBSPACE_ERROR
+
+
+def _root_error(values: Tensor, error: float) -> Tensor:
+    # |sqrt(l + d) - sqrt(l)| <= |d| / max(sqrt(l), sqrt(|d|)).
+    return error / values.clamp(min=math.sqrt(error))
+
+
+def is_certain(values: Tensor, doubt: Doubt, energy: float | None) -> bool:
+    """Say whether k is the same, and lambda_low the same to 3e-5, whatever the errors are.
+
+    For the effective rank, dH/ds_i = -(ln p_i + H) / sum_j s_j carries the errors over to H, to first
+    order; for an energy threshold, the kept energies on both sides of k are compared with R.
+
+    Args:
+        values: singular values `[q]`, descending, float64.
+        doubt: their errors.
         energy: R, or None for the effective rank.
     """
     k = split_index(values, energy)
     squares = values.square()
     total = float(squares.sum())
-    square_errors = errors * (2 * values + errors)
-    doubt = float(square_errors[k:].sum()) / total
+    tail = _energy_error(values[k:], doubt.shift[k:], doubt.spread[k:]) / total
     if energy is None:
-        if not _rank_is_certain(values, errors, k):
+        if not _rank_is_certain(values, doubt, k):
             return False
     else:
         kept = squares.cumsum(0) / total
-        margin = float(square_errors[:k].sum()) / total
+        margin = tail + _energy_error(values[:k], doubt.shift[:k], doubt.spread[:k]) / total
         below = float(kept[k - 2]) if k > 1 else 0.0
-        if not (below + margin + doubt < energy <= float(kept[k - 1]) - margin - doubt):
+        if not (below + margin < energy <= float(kept[k - 1]) - margin):
             return False
     if k == len(values):
         return True
     cos_alpha = mixing_coefficients(values, k, "alignment").cos_alpha
-    # d(cos^2) = doubt; near cos = 0 the root turns it into sqrt(doubt).
-    cos_error = doubt / (cos_alpha + math.sqrt(doubt)) if doubt > 0 else 0.0
-    rho_error = float(square_errors[k] + square_errors[0]) / float(squares[0])
-    return cos_error + rho_error <= _COEFFICIENT_ERROR
+    # d(cos^2) = tail; near cos = 0 the root turns it into sqrt(tail).
+    cos_error = tail / (2 * cos_alpha + math.sqrt(tail)) if tail > 0 else 0.0
+    ends = _energy_error(values[[0, k]], doubt.shift[[0, k]], doubt.spread[[0, k]])
+    return cos_error + ends / float(squares[0]) <= _COEFFICIENT_ERROR
 
 
-def _rank_is_certain(values: Tensor, errors: Tensor, k: int) -> bool:
+def _energy_error(values: Tensor, shift: Tensor, spread: Tensor) -> float:
+    """Return the error of sum_i s_i^2: shifts add up, spreads add up in squares (four of them)."""
+    common = (shift * (2 * values + shift)).sum()
+    independent = (spread * (2 * values + spread)).square().sum().sqrt()
+    return float(common + _SPREADS / 2 * independent)
+
+
+def _rank_is_certain(values: Tensor, doubt: Doubt, k: int) -> bool:
     total = float(values.sum())
     rank = effective_rank(values)
-    entropy = math.log(rank)
     # A value below its error may be as large as the error, or zero.
-    p = torch.maximum(values, errors) / total
-    change = float((errors * (p.clamp(min=1e-300).log() + entropy).abs()).sum()) / total
+    p = torch.maximum(values, doubt.shift + doubt.spread) / total
+    slope = (p.clamp(min=1e-300).log() + math.log(rank)) / total
+    common = (slope * doubt.shift).abs().sum()
+    independent = (slope * doubt.spread).square().sum().sqrt()
+    change = float(common + _SPREADS * independent)
     lowest = rank_index(rank * math.exp(-change), len(values))
     highest = rank_index(rank * math.exp(change), len(values))
     return lowest == k == highest

@@ -9,8 +9,11 @@ import torch
 from scipy.linalg import blas, lapack
 from torch import Tensor
 
-# Below this size a dense float64 decomposition costs less than deciding whether float32 will do.
-SMALL = 256
+# Below this size a dense decomposition is as quick.
+_SMALL = 256
+# Share of the vectors up to which they are found one by one (MRRR) instead of all (divide and conquer).
+_FEW = 0.2
+_BY_INDEX = 2
 
 
 class VectorSource(Protocol):
@@ -45,42 +48,55 @@ class DenseEigen:
 
 
 class TridiagonalEigen:
-    """LAPACK in three steps: tridiagonal form, its eigenvectors, back-transformation of some.
+    """LAPACK in float64 and three steps: tridiagonal form, its values, and vectors of the few asked for.
 
-    A dense solver back-transforms all n vectors, half of its work; the split needs only those of the
-    smaller subspace. Works in the storage of the matrix: at most 3 n^2 numbers are held.
+    A dense solver finds and back-transforms all n vectors; the split needs those of the smaller
+    subspace. Float64 because errors of eps lambda_1 in float32, harmless to the values that carry the
+    update, would turn neighbouring vectors of its bulk into each other.
 
     Args:
-        matrix: `[n, n]`, Fortran order, lower triangle filled; destroyed.
+        matrix: float64 `[n, n]`, Fortran order, lower triangle filled; destroyed.
     """
 
     def __init__(self, matrix: Any) -> None:
         n = len(matrix)
-        self._double = matrix.dtype == np.float64
-        sytrd, stevd = (lapack.dsytrd, lapack.dstevd) if self._double else (lapack.ssytrd, lapack.sstevd)
-        # 64 columns a block: LAPACK's own choice for the blocked reduction, within a few per cent.
-        self._reflectors, diagonal, off, self._tau, info = sytrd(matrix, lower=1, lwork=64 * n, overwrite_a=1)
-        _require(info, "sytrd")
-        values, self._inner, info = stevd(diagonal, off)
-        _require(info, "stevd")
-        self.values = torch.from_numpy(values).double()
+        # Blocks of 64 columns: the size that LAPACK's own query asks for, within a few per cent.
+        reflectors, self._diagonal, self._off, tau, info = lapack.dsytrd(
+            matrix, lower=1, lwork=64 * n, overwrite_a=1
+        )
+        _require(info, "dsytrd")
+        # With lower storage the transformation is 1 + Q', Q' the reflectors below the diagonal. Float32
+        # will do for it: it errs by 1e-7 in every direction, whatever the gaps between eigenvalues.
+        self._reflectors = np.asfortranarray(reflectors[1:, : n - 1], dtype=np.float32)
+        self._tau = tau.astype(np.float32)
+        values, info = lapack.dsterf(self._diagonal.copy(), self._off.copy())
+        _require(info, "dsterf")
+        self.values = torch.from_numpy(values)
 
     def vectors(self, start: int, stop: int) -> Tensor:
-        """Return `[n, stop - start]`; the reflectors are applied to these columns alone."""
-        inner = np.asfortranarray(self._inner[:, start:stop])
-        n, count = inner.shape
-        ormqr = lapack.dormqr if self._double else lapack.sormqr
-        # With lower storage the transformation is 1 + Q', Q' the reflectors below the diagonal.
-        lower, _, info = ormqr(
+        """Return eigenvectors `start` to `stop`, float32 `[n, stop - start]`."""
+        n, count = len(self._diagonal), stop - start
+        if count < _FEW * n:
+            off = np.append(self._off, 0.0)
+            _, _, inner, info = lapack.dstemr(
+                self._diagonal.copy(), off, _BY_INDEX, 0.0, 0.0, start + 1, stop
+            )
+            _require(info, "dstemr")
+            inner = np.asfortranarray(inner[:, :count], dtype=np.float32)
+        else:
+            _, inner, info = lapack.dstevd(self._diagonal.copy(), self._off.copy())
+            _require(info, "dstevd")
+            inner = np.asfortranarray(inner[:, start:stop], dtype=np.float32)
+        lower, _, info = lapack.sormqr(
             "L",
             "N",
-            np.asfortranarray(self._reflectors[1:, : n - 1]),
+            self._reflectors,
             self._tau,
             np.asfortranarray(inner[1:]),
             64 * count,
             overwrite_c=1,
         )
-        _require(info, "ormqr")
+        _require(info, "sormqr")
         inner[1:] = lower
         return torch.from_numpy(inner)
 
@@ -121,7 +137,7 @@ class GramAccumulator:
         return self._sum.diagonal().double().cpu()
 
     def eigen(self, live: Tensor) -> SymmetricEigen:
-        """Decompose the part of G whose columns are `live`, giving up the storage of G.
+        """Decompose, in float64, the part of G whose columns are `live`, giving up the storage of G.
 
         Args:
             live: boolean `[n]` on the CPU.
@@ -129,13 +145,15 @@ class GramAccumulator:
         n = int(live.sum())
         if not self._on_cpu:
             on_device = live.to(self._sum.device)
-            return DenseEigen(self._sum if n == len(live) else self._sum[on_device][:, on_device])
-        matrix = self._lower
+            whole = self._sum.double()
+            del self._sum
+            return DenseEigen(whole if n == len(live) else whole[on_device][:, on_device])
+        matrix = self._lower.astype(np.float64, copy=False)
         del self._lower
         if n < len(live):
             keep = live.numpy()
             matrix = np.asfortranarray(matrix[keep][:, keep])
-        if n <= SMALL:
+        if n <= _SMALL:
             # torch reads the lower triangle; the transpose of Fortran order is C order without a copy.
             return DenseEigen(torch.from_numpy(np.ascontiguousarray(matrix)))
         return TridiagonalEigen(matrix)

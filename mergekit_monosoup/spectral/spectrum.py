@@ -1,8 +1,8 @@
 """Singular values of an update and a basis of the subspace on one side of the split.
 
 Neither V nor a full SVD is needed: the smaller Gram matrix has the singular values as roots of its
-eigenvalues, and its eigenvectors span the leading subspace and its complement. Float32 is enough for
-most updates; `certify` decides afterwards, and float64 or an SVD takes over where it is not.
+eigenvalues, and its eigenvectors span the leading subspace and its complement. Products in float32 are
+enough for most updates; `certify` decides afterwards, and float64 or an SVD takes over where they are not.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from torch import Tensor
 
 from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.spectral.certify import (
-    eigenvalue_tolerance,
+    Doubt,
+    gram_doubt,
     is_certain,
-    singular_value_errors,
+    subspace_is_certain,
 )
-from mergekit_monosoup.spectral.eigen import SMALL, DenseEigen, GramAccumulator, VectorSource
+from mergekit_monosoup.spectral.eigen import DenseEigen, GramAccumulator, VectorSource
 from mergekit_monosoup.spectral.precision import full_float32
+from mergekit_monosoup.spectral.split import split_index
 from mergekit_monosoup.spectral.update import MatrixUpdate
 
 Backend = Literal["auto", "gram", "svd"]
@@ -38,11 +40,13 @@ class Spectrum:
 
     `singular_values` is `[q]`, descending, float64 on the CPU; q is the number of columns of the
     smaller side that the update touches, all further singular values are zero. `backend` says how
-    they were obtained: `gram32`, `gram64`, `factor` (low numerical rank) or `svd`.
+    they were obtained: `gram32`, `gram64` (precision of the products), `factor` (low numerical rank) or
+    `svd`; `certain` whether split, coefficients and subspace are beyond doubt.
     """
 
     singular_values: Tensor
     backend: str
+    certain: bool
     _eigen: VectorSource
     _live: Tensor
 
@@ -80,27 +84,21 @@ def decompose(
     if backend == "svd" or (backend == "auto" and update.dtype == torch.float64):
         return _by_svd(update)
     with full_float32(update.device):
-        if update.dtype == torch.float32 and update.small > SMALL:
-            first = _by_gram(update, torch.float32)
-            if first is None or _is_certain(first, torch.float32, energy):
+        if update.dtype == torch.float32:
+            first = _by_gram(update, torch.float32, energy)
+            if first is None or first.certain:
                 return first
             factored = _by_factor(update, first, energy)
             if factored is not None:
                 return factored
             del first
-        second = _by_gram(update, torch.float64)
-    if second is None or backend == "gram" or _is_certain(second, torch.float64, energy):
+        second = _by_gram(update, torch.float64, energy)
+    if second is None or second.certain or backend == "gram":
         return second
     return _by_svd(update)
 
 
-def _is_certain(spectrum: Spectrum, dtype: torch.dtype, energy: float | None) -> bool:
-    values = spectrum.singular_values
-    tau = eigenvalue_tolerance(float(values[0]) ** 2, dtype)
-    return is_certain(values, singular_value_errors(values, tau), energy)
-
-
-def _by_gram(update: MatrixUpdate, dtype: torch.dtype) -> Spectrum | None:
+def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> Spectrum | None:
     scale = 1.0
     gram = _accumulated(update, dtype, scale)
     low, high = _SAFE[dtype]
@@ -111,10 +109,14 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype) -> Spectrum | None:
             return None
         scale = _power_of_two_below(1 / peak)
         gram = _accumulated(update, dtype, scale)
-    live = gram.diagonal() > 0
+    diagonal = gram.diagonal() / scale**2
+    live = diagonal > 0
     eigen = gram.eigen(live)
     values = eigen.values.flip(0).clamp(min=0).sqrt() / scale
-    return Spectrum(values, "gram32" if dtype == torch.float32 else "gram64", eigen, live)
+    certain = is_certain(values, gram_doubt(values, diagonal, dtype), energy) and subspace_is_certain(
+        values, diagonal, dtype, split_index(values, energy)
+    )
+    return Spectrum(values, "gram32" if dtype == torch.float32 else "gram64", certain, eigen, live)
 
 
 def _accumulated(update: MatrixUpdate, dtype: torch.dtype, scale: float) -> GramAccumulator:
@@ -133,8 +135,8 @@ def _by_factor(update: MatrixUpdate, first: Spectrum, energy: float | None) -> S
     others and the error made by leaving them out.
     """
     values = first.singular_values
-    noise = math.sqrt(eigenvalue_tolerance(float(values[0]) ** 2, torch.float32))
-    q = int((values > 4 * noise).sum())
+    noise = math.sqrt(torch.finfo(torch.float32).eps) * float(values[0])
+    q = int((values > noise).sum())
     if not 0 < q <= _LOW_RANK * update.small:
         return None
     leading, _ = torch.linalg.qr(first.basis(q)[0].double())
@@ -148,16 +150,17 @@ def _by_factor(update: MatrixUpdate, first: Spectrum, energy: float | None) -> S
     eigen = DenseEigen(gram)
     found = eigen.values.flip(0).clamp(min=0).sqrt()
     others = update.small - q
-    bounds = torch.cat(
+    padded = torch.cat([found, found.new_zeros(others)])
+    left_out = torch.cat(
         [
             (rest / found).clamp(max=math.sqrt(rest)),
-            torch.full((others,), math.sqrt(rest / max(others, 1)), dtype=torch.float64),
+            torch.full((others,), math.sqrt(rest / others), dtype=torch.float64),
         ]
     )
-    if not is_certain(torch.cat([found, found.new_zeros(others)]), bounds, energy):
+    if not is_certain(padded, Doubt(left_out, torch.zeros_like(padded)), energy):
         return None
     everywhere = torch.ones(update.small, dtype=torch.bool)
-    return Spectrum(found, "factor", _Rotated(leading, eigen), everywhere)
+    return Spectrum(found, "factor", True, _Rotated(leading, eigen), everywhere)
 
 
 def _by_svd(update: MatrixUpdate) -> Spectrum | None:
@@ -168,7 +171,7 @@ def _by_svd(update: MatrixUpdate) -> Spectrum | None:
     _, values, right = torch.linalg.svd(dense, full_matrices=False)
     everywhere = torch.ones(update.small, dtype=torch.bool)
     values = values.cpu() / _power_of_two_below(1 / peak)
-    return Spectrum(values, "svd", _Known(right.T.flip(1)), everywhere)
+    return Spectrum(values, "svd", True, _Known(right.T.flip(1)), everywhere)
 
 
 @dataclass(frozen=True)
