@@ -122,7 +122,7 @@ def test_source_folder_without_start_up_file(environment):
     for entry in environment.site.glob("mergekit_monosoup.*"):
         entry.unlink()
     report = diagnose(environment)
-    assert "is in no site directory" in report["reasons"]["stock"][0]
+    assert "no site directory" in report["reasons"]["stock"][0]
     assert report["reasons"]["command"] == report["reasons"]["python"] == []
 
 

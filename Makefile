@@ -1,0 +1,57 @@
+# On a machine with nothing but Python >= 3.10, pip and make:
+#
+#   make demo   merge a small pair of checkpoints with the stock mergekit-yaml command
+#   make test   run all tests
+#   make lint   ruff and mypy
+#
+# Each creates the virtual environment .venv on first use. Another interpreter:
+#   make test PYTHON=python3.12
+
+PYTHON ?= $(shell command -v python3 2>/dev/null || command -v python 2>/dev/null)
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,8p'
+
+demo: $(VENV)/.test
+	$(BIN)/python examples/demo.py
+
+# One thread a worker: the models of the tests are tiny, and threads of several workers only fight.
+test: $(VENV)/.test
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --maxprocesses 8
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: an installation is repeated only when what it depends on has changed.
+$(VENV)/.test: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.test
+
+# Some Linux distributions ship venv without ensurepip; pip can then equip the environment from outside.
+$(VENV)/.python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python >= 3.10 is needed; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -m venv --clear $(VENV) >/dev/null 2>&1 || { \
+		"$(PYTHON)" -m venv --clear --without-pip $(VENV) && \
+		"$(PYTHON)" -m pip --python $(BIN)/python install --quiet pip; }
+	@touch $@
