@@ -5,25 +5,46 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import yaml
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 from mergekit_monosoup.card import write_card
-from mergekit_monosoup.errors import ConfigurationError
+from mergekit_monosoup.errors import ConfigurationError, InputError
+from mergekit_monosoup.lineage import unrelated
+from mergekit_monosoup.methods.reporting import checkpoint_folder, relation_of
+from mergekit_monosoup.planning.headers import StoredTensor, read_folder
+from mergekit_monosoup.planning.output import STAGING
+from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
+from mergekit_monosoup.progress import progress
+from mergekit_monosoup.report.inputs import InputHashes
+from mergekit_monosoup.report.reader import FILE_NAME
+from mergekit_monosoup.report.recorder import Recorder, close_files, new_header, recording
+from mergekit_monosoup.report.schema import TensorRecord
 
 LOG = logging.getLogger(__name__)
 
-# Lies inside the output folder, so that moving files out of it never crosses a file system.
-_STAGING = ".mergekit-monosoup-incomplete"
+_SAMPLED_TENSORS = 9
 
 
-def merge_to_folder(recipe: str, out_path: Path, options: MergeOptions, *, overwrite: bool = False) -> None:
+def merge_to_folder(
+    recipe: str,
+    out_path: Path,
+    options: MergeOptions,
+    *,
+    overwrite: bool = False,
+    force_base: bool = False,
+    report: bool = True,
+) -> None:
     """Run `recipe` as `mergekit-yaml` would and put the finished model into `out_path`.
 
     Args:
@@ -31,29 +52,148 @@ def merge_to_folder(recipe: str, out_path: Path, options: MergeOptions, *, overw
         out_path: folder of the result; created where it is missing.
         options: mergekit's own options.
         overwrite: replace what the folder holds, after the merge has succeeded.
+        force_base: merge although the values say that the base is none.
+        report: write `monosoup_report.jsonl` where the method is one of ours.
 
     Raises:
-        ConfigurationError: the recipe is no mapping, or the folder holds something already.
+        ConfigurationError: the plan finds errors; all of them are in the message.
+        InputError: the base may not be the base.
     """
-    parsed = yaml.safe_load(recipe)
-    if not isinstance(parsed, dict):
-        raise ConfigurationError(
-            "the recipe is not a mapping of keys such as merge_method: and models:; recipes with "
-            "several documents are run by mergekit-multi"
-        )
-    config = MergeConfiguration.model_validate(parsed)
+    plan = _checked_plan(recipe, out_path, options, overwrite)
+    config = MergeConfiguration.model_validate(yaml.safe_load(recipe))
+    ours = plan.method is not None and plan.method.ours
     with _staged(out_path, overwrite) as staging:
+        _load(config, options)
+        if ours and not force_base:
+            _check_bases(config)
+        # Where our methods report tensor by tensor, their bar takes the place of mergekit's, which counts
+        # tasks; mergekit's own would also fill a log file with its redrawing.
+        quiet = options.quiet or ours or not sys.stderr.isatty()
         # mergekit's card step asks the Hub about local paths of the form a/b; ours does not.
-        run_merge(config, str(staging), options.model_copy(update={"write_model_card": False}))
+        run_options = options.model_copy(update={"write_model_card": False, "quiet": quiet})
+        total = sum(tensor.size for tensor in plan.tensors)
+        with progress(total, "Merging", quiet=options.quiet or not ours) as bar:
+            recorder = Recorder(
+                new_header(
+                    method=config.merge_method,
+                    configuration=recipe,
+                    seed=options.random_seed,
+                    device=options.device,
+                ),
+                staging / FILE_NAME if ours and report else None,
+                hashes=_hashes(config) if ours and report else None,
+                listener=bar.record,
+            )
+            with recording(recorder):
+                run_merge(config, str(staging), run_options)
+        if ours:
+            _record_copied(recorder, staging, config)
+        recorder.close()
+        close_files()
         if options.write_model_card:
-            write_card(recipe, staging, name=out_path.resolve().name)
+            write_card(recipe, staging, out_path.resolve().name, recorder.header, recorder.records)
+
+
+def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, overwrite: bool) -> Plan:
+    """Plan first: what can be known to fail must fail before a download."""
+    plan = make_plan(
+        recipe,
+        PlanOptions(
+            out=out_path,
+            overwrite=overwrite,
+            allow_crimes=options.allow_crimes,
+            truncate_embeddings=options.unsafe_truncate_embeddings,
+            lora_cache=options.lora_merge_cache is not None,
+            costs=False,
+        ),
+    )
+    for problem in plan.problems.warnings:
+        LOG.warning("%s", problem)
+    errors = plan.problems.errors
+    if len(errors) == 1:
+        raise ConfigurationError(str(errors[0]))
+    if errors:
+        raise ConfigurationError("the merge would fail:\n  " + "\n  ".join(map(str, errors)))
+    return plan
+
+
+def _load(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Have mergekit download what is missing, so that the values can be looked at before the work."""
+    cache = LoaderCache()
+    cache.setup(options=options)
+    for model in config.referenced_models():
+        cache.get(model)
+
+
+def _check_bases(config: MergeConfiguration) -> None:
+    base = config.base_model
+    if base is None:
+        return
+    loader = LoaderCache().get(base)
+    for model in config.referenced_models():
+        if model == base:
+            continue
+        other = LoaderCache().get(model)
+        names = [name for name in loader.index.tensor_paths if name in other.index.tensor_paths]
+        relations = []
+        step = max(1, len(names) // (4 * _SAMPLED_TENSORS))
+        for name in names[step // 2 :: step]:
+            w0 = loader.get_tensor(name)
+            if w0.ndim < 2 or not w0.is_floating_point():
+                continue
+            found = relation_of(name, w0, other.get_tensor(name))
+            if found is not None:
+                relations.append(found)
+            if len(relations) == _SAMPLED_TENSORS:
+                break
+        message = unrelated(str(base), str(model), relations)
+        if message is not None:
+            raise InputError(f"{message}, or pass --force-base to merge all the same")
+
+
+def _hashes(config: MergeConfiguration) -> InputHashes:
+    base = config.base_model
+    others = sorted((m for m in config.referenced_models() if m != base), key=str)
+    models: list[tuple[str, Literal["base", "finetuned"], Path]] = []
+    for model in [base, *others] if base is not None else others:
+        folder = _source_folder(model)
+        if folder is not None:
+            models.append((str(model), "base" if model == base else "finetuned", folder))
+    return InputHashes(models)
+
+
+def _source_folder(model: ModelReference) -> Path | None:
+    return checkpoint_folder(model)
+
+
+def _record_copied(recorder: Recorder, staging: Path, config: MergeConfiguration) -> None:
+    """Add the tensors that mergekit passed on by itself, without asking a merge method."""
+    seen = {record.tensor for record in recorder.records}
+    for name, tensor in _written(staging).items():
+        if name in seen:
+            continue
+        reason = "only the base has it" if tensor.is_floating else "not floating-point"
+        recorder.add(
+            TensorRecord(
+                tensor=name,
+                shape=tensor.shape,
+                dtype=tensor.dtype,
+                action="copied",
+                reason=reason,
+                method=config.merge_method,
+            )
+        )
+
+
+def _written(folder: Path) -> Mapping[str, StoredTensor]:
+    return read_folder(str(folder), folder).tensors
 
 
 @contextmanager
 def _staged(out_path: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a folder whose files replace those of `out_path` on success, and vanish on failure."""
     existed = out_path.exists()
-    staging = out_path / _STAGING
+    staging = out_path / STAGING
     if staging.exists():
         LOG.warning("removing what an interrupted merge left in %s", staging)
         shutil.rmtree(staging)

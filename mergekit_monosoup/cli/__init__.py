@@ -9,6 +9,10 @@ import click
 # name -> (one line of help, shown without importing the command's file)
 _COMMANDS = {
     "merge": "Run a merge recipe: mergekit-yaml with our methods and checks.",
+    "plan": "Check a recipe and say what the merge will do, without reading weights.",
+    "inspect": "Analyse fine-tuned checkpoints against their base without writing a model.",
+    "report": "Show, sort, filter or compare the reports of merges.",
+    "push": "Check a merged model and upload it to the Hub.",
     "methods": "List the merge methods of this package and their parameters.",
     "doctor": "Say which ways of using this package work here, and why one does not.",
 }

@@ -19,6 +19,7 @@ from mergekit_monosoup.errors import (
     ShapeMismatchError,
 )
 from mergekit_monosoup.methods.quantized import refuse_quantized_checkpoint
+from mergekit_monosoup.methods.reporting import begin_merge
 
 
 def validate_recipe(
@@ -41,6 +42,8 @@ def validate_recipe(
             "add it as `base_model:`"
         )
     whole_recipe = group_name is None or group_name.endswith("]")
+    if whole_recipe:
+        begin_merge()
     if base_id not in input_ids:
         if whole_recipe:
             raise MissingBaseError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch import Tensor
 from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.methods.inputs import GroupInputs, validate_recipe
 from mergekit_monosoup.methods.parameters import choice, flag, number, optional_number
-from mergekit_monosoup.spectral.edit import EditOptions, edit_weight
+from mergekit_monosoup.methods.reporting import REPORT, note
+from mergekit_monosoup.report.schema import Action
+from mergekit_monosoup.spectral.edit import EditOptions, EditRecord, edit_weight
 from mergekit_monosoup.spectral.matrix import is_matrix_like
 from mergekit_monosoup.spectral.mixing import Mixing
 from mergekit_monosoup.spectral.spectrum import Backend
@@ -82,6 +85,7 @@ _SPEC = MergeMethodSpec(
             default=1.0,
             description="per fine-tuned model: weight in the average, >= 0, normalised",
         ),
+        REPORT,
     ),
 )
 
@@ -113,6 +117,7 @@ class MonoSoup(GroupMergeMethod):
         min_relative_update: float,
         spectrum: Backend,
         weight: PerInputValues[float],
+        report: str | None,
         **unknown: Any,
     ) -> Tensor:
         """Return the edited weight in the shape and dtype of the inputs.
@@ -121,33 +126,67 @@ class MonoSoup(GroupMergeMethod):
             InputError: shapes differ, or a tensor holds NaN, infinity or integers.
             ParameterError: all weights of the average are zero.
         """
+        started = time.perf_counter()
         inputs = GroupInputs.of(group)
         weights = weight.values_for(group.non_base)
-        matrix_like = is_matrix_like(tuple(inputs.stored_base.shape))
-        if edit and matrix_like and not _is_small(inputs, weights, min_relative_update):
-            options = EditOptions(energy, mixing, alpha, spectrum)
-            try:
-                result, _record = edit_weight(
-                    inputs.stored_base, inputs.stored_tuned, inputs.shares(weights), options
-                )
-            except NonFiniteError:
-                inputs.require_finite()
-                raise inputs.overflow() from None
-            return inputs.checked(result)
-        if alpha == 1 and len(weights) == 1:
+        action, reason, norm = _decide(inputs, weights, edit, min_relative_update)
+        record: EditRecord | None = None
+        if action == "edited":
+            result, record = _edited(inputs, weights, EditOptions(energy, mixing, alpha, spectrum))
+        elif action == "kept" and alpha == 1:
             # W0 + (W1 - W0) would round where the two differ by orders of magnitude.
             inputs.require_finite()
-            return inputs.sole_finetuned
-        return inputs.add_to_base(inputs.mean_update(weights), alpha)
+            result = inputs.sole_finetuned
+        else:
+            result = inputs.add_to_base(inputs.mean_update(weights), alpha)
+        used = {"energy": energy, "alpha": alpha, "mixing": mixing}
+        note(
+            group,
+            self.spec.name,
+            action,
+            reason,
+            report=report,
+            update_norm=norm,
+            edit=record,
+            weights=weights,
+            started=started,
+            parameters={k: v for k, v in used.items() if v != _DEFAULTS[k]},
+        )
+        return result
 
 
-def _is_small(inputs: GroupInputs, weights: Sequence[float], threshold: float) -> bool:
-    """Say whether ||dW||_F / ||W0||_F is below the threshold; without a threshold, nothing is."""
-    if threshold == 0:
-        return False
-    base_norm = float(inputs.base.norm())
-    update_norm = float(inputs.mean_update(weights).norm())
-    return update_norm < threshold * base_norm
+def _edited(
+    inputs: GroupInputs, weights: Sequence[float], options: EditOptions
+) -> tuple[Tensor, EditRecord]:
+    try:
+        result, record = edit_weight(
+            inputs.stored_base, inputs.stored_tuned, inputs.shares(weights), options
+        )
+    except NonFiniteError:
+        inputs.require_finite()
+        raise inputs.overflow() from None
+    return inputs.checked(result), record
 
 
+def _decide(
+    inputs: GroupInputs, weights: Sequence[float], edit: bool, min_relative_update: float
+) -> tuple[Action, str, float | None]:
+    """Say what becomes of a tensor and why, with ||dW||_F where the decision needed it."""
+    shape = tuple(inputs.stored_base.shape)
+    norm = None
+    if not is_matrix_like(shape):
+        reason = "fewer than two axes" if len(shape) < 2 else "no entries"
+    elif not edit:
+        reason = "edit: false"
+    else:
+        if min_relative_update == 0:
+            return "edited", "", None
+        norm = float(inputs.mean_update(weights).norm())
+        if norm >= min_relative_update * float(inputs.base.norm()):
+            return "edited", "", norm
+        reason = f"relative update below {min_relative_update:g}"
+    return ("kept" if len(weights) == 1 else "averaged"), reason, norm
+
+
+_DEFAULTS = {p.name: p.default for p in _SPEC.parameters}
 MONOSOUP = MonoSoup()

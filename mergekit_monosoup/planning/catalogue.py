@@ -1,0 +1,105 @@
+"""The merge methods and their parameters, known without importing mergekit.
+
+`catalogue.json` is written from mergekit's registry by `catalogue_source.py`, and the tests compare the
+two. Where a method is not in it, or mergekit is of another release, the registry itself is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from mergekit_monosoup.report.versions import installed_version
+
+_KINDS: dict[str, TypeAdapter[Any]] = {
+    "number": TypeAdapter(float),
+    "integer": TypeAdapter(int),
+    "boolean": TypeAdapter(bool),
+    "string": TypeAdapter(str),
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a merge method: where it may stand and which values it takes."""
+
+    name: str
+    scope: Literal["shared", "input", "non_base"]
+    required: bool
+    kind: str
+    allowed: str
+    choices: tuple[str, ...] = ()
+    lower: float | None = None
+    lower_open: bool = False
+    upper: float | None = None
+    upper_open: bool = False
+    finite: bool = False
+
+    def refuse(self, value: Any) -> str | None:
+        """Return why one scalar is not a value of this parameter, None where it is."""
+        message = f"parameter {self.name!r} is {value!r}; it must be {self.allowed}"
+        if self.choices:
+            return None if value in self.choices else message
+        try:
+            parsed = _KINDS[self.kind].validate_python(value)
+        except ValidationError:
+            return message
+        if self.kind in ("number", "integer"):
+            if self.finite and not math.isfinite(parsed):
+                return message
+            if self.lower is not None and (parsed < self.lower or (self.lower_open and parsed == self.lower)):
+                return message
+            if self.upper is not None and (parsed > self.upper or (self.upper_open and parsed == self.upper)):
+                return message
+        return None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method: what it asks of its inputs and which parameters it has."""
+
+    name: str
+    ours: bool
+    base: Literal["optional", "required", "forbidden", "ignored"]
+    min_inputs: int
+    max_inputs: int | None
+    min_non_base: int | None
+    max_non_base: int | None
+    parameters: dict[str, Parameter]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The methods of an environment."""
+
+    methods: dict[str, Method]
+
+
+def parse_catalogue(data: dict[str, Any]) -> Catalogue:
+    """Build a catalogue from what `catalogue_source.described` returns."""
+    methods = {}
+    for name, entry in data["methods"].items():
+        parameters = {
+            p: Parameter(name=p, **{k: tuple(v) if k == "choices" else v for k, v in spec.items()})
+            for p, spec in entry["parameters"].items()
+        }
+        methods[name] = Method(name=name, **{**entry, "parameters": parameters})
+    return Catalogue(methods)
+
+
+def find_method(name: str) -> tuple[Method | None, tuple[str, ...]]:
+    """Return a method and the names of all methods; None where there is no such method."""
+    data = json.loads(resources.files(__package__).joinpath("catalogue.json").read_text("utf-8"))
+    if data["mergekit"] == installed_version("mergekit"):
+        catalogue = parse_catalogue(data)
+        if name in catalogue.methods:
+            return catalogue.methods[name], tuple(catalogue.methods)
+    from mergekit_monosoup.planning.catalogue_source import described
+
+    catalogue = parse_catalogue(described())
+    return catalogue.methods.get(name), tuple(catalogue.methods)

@@ -1,0 +1,103 @@
+"""How long a merge will take and how much memory it needs, from a short calibration."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mergekit_monosoup.planning.tensors import PlannedTensor
+
+# What Python, torch and transformers take before the first tensor is loaded.
+_IMPORT_SECONDS = 8.0
+_IMPORT_BYTES = 700e6
+# float32 copies of a tensor that exist together: base, update, edited update, result.
+_COPIES = 4
+# Reading, converting, checking and writing pass over a tensor about this often.
+_PASSES = 12
+_MOMENT = 0.1
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What this machine does in a second."""
+
+    flops: float
+    eigen_flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Cost of a merge on this machine's processor; good to a factor of about two."""
+
+    seconds: float
+    peak_bytes: float
+
+
+def calibrate() -> Speed:
+    """Time a matrix product, an eigenvalue problem and a copy; a fifth of a second.
+
+    On one core, so that other work on the machine does not decide the result; the product is taken to
+    use all cores, the eigenvalue problem two of them.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    generator = np.random.default_rng(0)
+    a = generator.standard_normal((512, 512), dtype=np.float32)
+    b = a[:160, :160] @ a[:160, :160].T
+    block = np.ones(1 << 22, dtype=np.float32)
+    return Speed(
+        flops=0.7 * cores * 2 * 512**3 / _best(lambda: a @ a),
+        eigen_flops=min(cores, 2) * 160**3 / _best(lambda: np.linalg.eigh(b)),
+        bytes=2 * block.nbytes / _best(lambda: block.copy()),
+    )
+
+
+def _best(work: Callable[[], object]) -> float:
+    """Return the shortest of a few runs; on a busy machine, of as many as fit into a moment."""
+    times: list[float] = []
+    end = time.perf_counter() + _MOMENT
+    while len(times) < 5 and (len(times) < 2 or time.perf_counter() < end):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return max(min(times), 1e-6)
+
+
+def estimate(tensors: Sequence[PlannedTensor], shard_bytes: float, speed: Speed) -> Estimate:
+    """Return the cost of the planned tensors.
+
+    A decomposition of a rows x columns matrix with r = min and c = max of them costs a Gram product
+    (2 r^2 c), its eigenvectors (r^3 in units of the calibration) and the projection (2 r^2 c).
+
+    Args:
+        tensors: what will be done.
+        shard_bytes: size of an output shard, which mergekit holds in memory until it is full.
+        speed: of this machine.
+    """
+    seconds = _IMPORT_SECONDS
+    peak = 0.0
+    for tensor in tensors:
+        working = tensor.read_bytes + _COPIES * 4.0 * tensor.size
+        seconds += _PASSES * 4.0 * tensor.size / speed.bytes
+        if tensor.matrices is not None:
+            count, rows, columns = tensor.matrices
+            r, c = min(rows, columns), max(rows, columns)
+            seconds += count * (4.0 * r * r * c / speed.flops + r**3 / speed.eigen_flops)
+            working += 4 * 4.0 * r * r
+        peak = max(peak, working)
+    written = sum(t.write_bytes for t in tensors)
+    return Estimate(seconds, _IMPORT_BYTES + peak + min(written, shard_bytes))
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free space of the disk on which a folder lies or will lie."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

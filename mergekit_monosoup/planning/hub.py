@@ -1,0 +1,94 @@
+"""Headers of checkpoints on the Hub: by range requests, or from the local cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mergekit_monosoup.errors import InputError
+from mergekit_monosoup.planning.headers import DTYPES, Checkpoint, StoredTensor, read_folder
+from mergekit_monosoup.report.inputs import cached_revision
+
+
+def read_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
+    """Return configuration and headers of a Hub repository; downloads config.json and headers only.
+
+    Raises:
+        InputError: no such repository or revision, no access, or no connection.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        SafetensorsParsingError,
+    )
+
+    try:
+        cached = _cached(name, repo, revision)
+        if cached is not None:
+            return cached
+        file = huggingface_hub.hf_hub_download(repo, "config.json", revision=revision)
+        config = json.loads(Path(file).read_text("utf-8"))
+        commit = cached_revision(Path(file).parent)
+        try:
+            metadata = huggingface_hub.HfApi().get_safetensors_metadata(repo, revision=commit or revision)
+        except NotASafetensorsRepoError:
+            note = f"{name} has no safetensors files; shapes are unknown until the download"
+            return Checkpoint(name, config, {}, None, commit, shapes_known=False, notes=(note,))
+    except GatedRepoError as error:
+        raise InputError(
+            f"model {name} is gated; accept its terms on the Hub and log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"model {name} has no revision {revision!r} on the Hub") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"model {name} is neither a folder here nor a repository on the Hub that you may read; "
+            "check the spelling, and for private repositories log in with `hf auth login`"
+        ) from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError) as error:
+        raise InputError(
+            f"model {name} is neither a folder here nor in the Hub's cache, and the Hub cannot be reached; "
+            "check the path, or go online"
+        ) from error
+    except EntryNotFoundError as error:
+        raise InputError(f"model {name} has no config.json on the Hub; is it a transformers model?") from error
+    except HFValidationError as error:
+        raise InputError(f"model {name} is neither a folder here nor a valid Hub id") from error
+    except (HfHubHTTPError, SafetensorsParsingError, ValueError) as error:
+        raise InputError(f"the Hub's answer about model {name} cannot be used: {error}") from error
+    return Checkpoint(name, config, _tensors(metadata), None, commit)
+
+
+def _tensors(metadata: Any) -> dict[str, StoredTensor]:
+    return {
+        key: StoredTensor(
+            key, tuple(entry.shape), DTYPES.get(entry.dtype, (entry.dtype.lower(), 0))[0], file
+        )
+        for file, header in metadata.files_metadata.items()
+        for key, entry in header.tensors.items()
+    }
+
+
+def _cached(name: str, repo: str, revision: str | None) -> Checkpoint | None:
+    """Return a repository that lies in the local cache with its weights, None where it does not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    try:
+        return replace(read_folder(name, folder), revision=cached_revision(folder))
+    except InputError:
+        # Only a part of the repository is there; the Hub knows the rest.
+        return None

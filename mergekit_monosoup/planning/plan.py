@@ -1,0 +1,322 @@
+"""A plan: everything that can be known of a merge before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_monosoup.errors import ConfigurationError, InputError
+from mergekit_monosoup.planning.architecture import (
+    Architecture,
+    architecture_name,
+    inferred_architecture,
+    json_architecture,
+)
+from mergekit_monosoup.planning.catalogue import Method, find_method
+from mergekit_monosoup.planning.estimate import Estimate, calibrate, estimate, free_bytes
+from mergekit_monosoup.planning.headers import Checkpoint
+from mergekit_monosoup.planning.models import parse_reference, read_models
+from mergekit_monosoup.planning.output import check_output
+from mergekit_monosoup.planning.problems import Problems, nearest
+from mergekit_monosoup.planning.recipe import Recipe, check_shape, model_uses, read_recipe
+from mergekit_monosoup.planning.settings import check_filters, check_parameters
+from mergekit_monosoup.planning.tensors import OutputSlice, PlannedTensor, Source, TensorPlanner
+from mergekit_monosoup.planning.values import can_check, check_base
+
+DEFAULT_SHARD_BYTES = 5e9
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the command line says beside the recipe."""
+
+    out: Path | None = None
+    overwrite: bool = False
+    allow_crimes: bool = False
+    truncate_embeddings: bool = False
+    shard_bytes: float = DEFAULT_SHARD_BYTES
+    lora_cache: bool | None = None
+    """Whether a folder for merged adapters is given; None where it is not known yet."""
+    costs: bool = True
+    """Whether to calibrate and estimate."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the merge will do, what stands in its way, and what it costs."""
+
+    problems: Problems
+    method: Method | None
+    models: Mapping[str, Checkpoint]
+    tensors: Sequence[PlannedTensor]
+    estimate: Estimate | None
+    free_bytes: float
+    base_messages: Sequence[str]
+    """What the sampled values say against the base; empty where nothing does."""
+
+    @property
+    def output_bytes(self) -> float:
+        """Size of the output's weights."""
+        return sum(tensor.write_bytes for tensor in self.tensors)
+
+
+def make_plan(text: str, options: PlanOptions | None = None) -> Plan:
+    """Plan a recipe.
+
+    Args:
+        text: the recipe's YAML.
+        options: of the command line.
+
+    Raises:
+        ConfigurationError: the recipe is not a YAML mapping.
+    """
+    options = options or PlanOptions()
+    problems = Problems()
+    recipe = read_recipe(text, problems)
+    check_shape(recipe, problems)
+    method = _method(recipe, problems)
+    if method is not None:
+        check_parameters(recipe, method, problems)
+    models: dict[str, Checkpoint] = {}
+    tensors: list[PlannedTensor] = []
+    messages: list[str] = []
+    # Without a sound recipe, further findings would only be its echoes.
+    if not problems.errors and method is not None:
+        models = read_models(recipe, problems)
+        _check_inputs(recipe, method, problems)
+        if not problems.errors:
+            tensors = _tensors(recipe, method, models, options, problems)
+            check_filters(recipe, [tensor.tensor for tensor in tensors], problems)
+            messages = _check_bases(recipe, models, method)
+    _check_adapters(recipe, models, options, problems)
+    where = options.out or Path.cwd()
+    free = free_bytes(where)
+    if options.out is not None:
+        needed = sum(tensor.write_bytes for tensor in tensors)
+        check_output(options.out, needed, free, overwrite=options.overwrite, problems=problems)
+    cost = estimate(tensors, options.shard_bytes, calibrate()) if tensors and options.costs else None
+    return Plan(problems, method, models, tensors, cost, free, messages)
+
+
+def _method(recipe: Recipe, problems: Problems) -> Method | None:
+    name = recipe.data.get("merge_method")
+    if not isinstance(name, str):
+        return None
+    method, known = find_method(name)
+    if method is None:
+        problems.error(f"unknown merge method {name!r}{nearest(name, known)}", recipe.line("merge_method"))
+    return method
+
+
+def _check_inputs(recipe: Recipe, method: Method, problems: Problems) -> None:
+    """Check base and number of inputs against what the method asks for."""
+    data = recipe.data
+    line = recipe.line("merge_method")
+    named = [str(parse_reference(use.name)) for use in model_uses(recipe) if _readable(use.name)]
+    base = data.get("base_model")
+    sliced = bool(data.get("slices") or data.get("modules"))
+    if method.base == "required" and base is None and not sliced:
+        problems.error(
+            f"merge method {method.name!r} needs the checkpoint that the fine-tuning started from; add it "
+            "as `base_model:`",
+            line,
+        )
+        return
+    if sliced:
+        return
+    listed = [str(parse_reference(entry["model"])) for entry in data.get("models") or []]
+    doubled = {name for name in listed if listed.count(name) > 1}
+    for name in sorted(doubled):
+        index = len(listed) - 1 - listed[::-1].index(name)
+        problems.error(f"model {name} is listed twice", recipe.line("models", index))
+    base_name = str(parse_reference(base)) if base is not None and method.base != "ignored" else None
+    distinct = set(named) if method.base != "ignored" else set(listed)
+    others = distinct - {base_name}
+    if method.base == "required" and not others:
+        problems.error(
+            f"merge method {method.name!r} needs at least one fine-tuned checkpoint besides base_model; "
+            "add it under `models:`",
+            recipe.line("models"),
+        )
+    for what, count, low, high in (
+        ("models", len(distinct), method.min_inputs, method.max_inputs),
+        ("models besides the base", len(others), method.min_non_base, method.max_non_base),
+    ):
+        if low is not None and count < low and others:
+            problems.error(f"merge method {method.name!r} needs at least {low} {what}; it has {count}", line)
+        if high is not None and count > high:
+            problems.error(f"merge method {method.name!r} takes at most {high} {what}; it has {count}", line)
+
+
+def _readable(value: Any) -> bool:
+    try:
+        parse_reference(value)
+    except ConfigurationError:
+        return False
+    return True
+
+
+def _tensors(
+    recipe: Recipe,
+    method: Method,
+    models: Mapping[str, Checkpoint],
+    options: PlanOptions,
+    problems: Problems,
+) -> list[PlannedTensor]:
+    try:
+        architecture = _architecture(recipe, models, options, problems)
+        if problems.errors:
+            return []
+        planner = TensorPlanner(recipe, method, architecture, problems, options.truncate_embeddings)
+        if architecture is None:
+            for part, _ in _slices(recipe, recipe.data, (), models, None, problems):
+                planner.plan_names(part)
+        else:
+            _plan_modules(recipe, models, architecture, planner, problems)
+    except (InputError, ConfigurationError) as error:
+        problems.error(str(error))
+        return []
+    planner.report_lost(list(models.values()))
+    return planner.planned
+
+
+def _architecture(
+    recipe: Recipe, models: Mapping[str, Checkpoint], options: PlanOptions, problems: Problems
+) -> Architecture | None:
+    """Return the common architecture; None where only the names in the headers are known."""
+    lines = {str(parse_reference(use.name)): recipe.line(*use.path) for use in model_uses(recipe)}
+    found = {name: json_architecture(checkpoint) for name, checkpoint in models.items()}
+    kinds = {name: architecture_name(checkpoint) for name, checkpoint in models.items()}
+    first = next(iter(models))
+    for name, kind in kinds.items():
+        if kind != kinds[first] and not options.allow_crimes:
+            problems.error(
+                f"{name} is a {kind} and {first} a {kinds[first]}; models of different architectures "
+                "cannot be merged",
+                lines.get(name),
+            )
+    known = found[first]
+    if known is not None or problems.errors:
+        return known
+    if all(checkpoint.folder is not None for checkpoint in models.values()):
+        base = recipe.data.get("base_model")
+        named = models.get(str(parse_reference(base))) if base is not None else None
+        return inferred_architecture(list(models.values()), named)
+    problems.warning(
+        f"mergekit has no definition of {kinds[first]}; it will look at the weights after their download, "
+        "and this plan goes by the names in the headers"
+    )
+    return None
+
+
+def _plan_modules(
+    recipe: Recipe,
+    models: Mapping[str, Checkpoint],
+    architecture: Architecture,
+    planner: TensorPlanner,
+    problems: Problems,
+) -> None:
+    modules = recipe.data.get("modules")
+    if not modules:
+        if recipe.data.get("slices") and len(architecture.modules) != 1:
+            names = ", ".join(architecture.modules)
+            problems.error(
+                f"{architecture.name} has several modules ({names}); put slices: under modules:",
+                recipe.line("slices"),
+            )
+            return
+        for name in architecture.modules:
+            parts = _slices(recipe, recipe.data, (), models, architecture.modules[name], problems)
+            if not problems.errors:
+                planner.plan_module(name, [part for part, _ in parts], None)
+        return
+    for name, definition in modules.items():
+        if name not in architecture.modules:
+            problems.error(
+                f"{architecture.name} has no module {name!r}{nearest(name, architecture.modules)}",
+                recipe.line("modules", name),
+            )
+            continue
+        path = ("modules", name)
+        parts = _slices(recipe, definition, path, models, architecture.modules[name], problems)
+        if not problems.errors:
+            planner.plan_module(name, [part for part, _ in parts], definition.get("parameters"))
+
+
+def _slices(
+    recipe: Recipe,
+    owner: Mapping[str, Any],
+    path: tuple[str | int, ...],
+    models: Mapping[str, Checkpoint],
+    module: Any,
+    problems: Problems,
+) -> list[tuple[OutputSlice, int | None]]:
+    """Return the output slices of a `models:` or `slices:` block, base included."""
+    base_value = recipe.data.get("base_model")
+    base = models.get(str(parse_reference(base_value))) if base_value is not None else None
+    if owner.get("models"):
+        line = recipe.line(*path, "models")
+        sources = [
+            _whole(models[str(parse_reference(entry["model"]))], entry.get("parameters"), module)
+            for entry in owner["models"]
+        ]
+        if base is not None and all(source.checkpoint is not base for source in sources):
+            sources.append(_whole(base, None, module))
+        counts = {source.end for source in sources}
+        if len(counts) > 1:
+            listed = ", ".join(f"{source.checkpoint.name} {source.end}" for source in sources)
+            problems.error(f"the models have different numbers of layers: {listed}", line)
+        return [(OutputSlice(tuple(sources), base, None, line), line)]
+    parts = []
+    for index, output in enumerate(owner.get("slices") or []):
+        line = recipe.line(*path, "slices", index)
+        own = output.get("base_model")
+        slice_base = models.get(str(parse_reference(own))) if own is not None else base
+        sources = []
+        for entry in output["sources"]:
+            checkpoint = models[str(parse_reference(entry["model"]))]
+            first, end = entry["layer_range"]
+            layers = module.layers(checkpoint) if module is not None else end
+            if end > layers:
+                problems.error(f"layer_range [{first}, {end}) of {checkpoint.name}, which has {layers}", line)
+            sources.append(Source(checkpoint, first, end, entry.get("parameters")))
+        if slice_base is not None and all(source.checkpoint is not slice_base for source in sources):
+            problems.error(
+                f"base_model {slice_base.name} is not among the sources of this slice; list it there with "
+                "its layer_range",
+                line,
+            )
+        parts.append((OutputSlice(tuple(sources), slice_base, output.get("parameters"), line), line))
+    return parts
+
+
+def _whole(checkpoint: Checkpoint, parameters: Mapping[str, Any] | None, module: Any) -> Source:
+    return Source(checkpoint, 0, module.layers(checkpoint) if module is not None else 0, parameters)
+
+
+def _check_bases(recipe: Recipe, models: Mapping[str, Checkpoint], method: Method) -> list[str]:
+    value = recipe.data.get("base_model")
+    if value is None or method.base != "required":
+        return []
+    base = models[str(parse_reference(value))]
+    messages = []
+    for checkpoint in models.values():
+        if checkpoint is not base and can_check([base, checkpoint]):
+            message = check_base(base, checkpoint)
+            if message is not None:
+                messages.append(message)
+    return messages
+
+
+def _check_adapters(
+    recipe: Recipe, models: Mapping[str, Checkpoint], options: PlanOptions, problems: Problems
+) -> None:
+    adapted = [name for name, checkpoint in models.items() if checkpoint.adapter]
+    if adapted and options.lora_cache is not True:
+        message = (
+            f"{adapted[0]} has an adapter, which mergekit merges first; pass --lora-merge-cache FOLDER "
+            "to merge"
+        )
+        (problems.error if options.lora_cache is False else problems.warning)(message)

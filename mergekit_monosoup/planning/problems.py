@@ -1,0 +1,66 @@
+"""What stands in the way of a merge."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding: an error stops the merge, a warning does not."""
+
+    message: str
+    line: int | None = None
+    severity: Literal["error", "warning"] = "error"
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.message}" if self.line is not None else self.message
+
+
+@dataclass
+class Problems:
+    """The findings of a plan, each of them once."""
+
+    found: list[Problem] = field(default_factory=list)
+
+    def error(self, message: str, line: int | None = None) -> None:
+        """Add a finding that stops the merge."""
+        self._add(Problem(message, line))
+
+    def warning(self, message: str, line: int | None = None) -> None:
+        """Add a finding that the user should know of."""
+        self._add(Problem(message, line, "warning"))
+
+    def _add(self, problem: Problem) -> None:
+        if problem not in self.found:
+            self.found.append(problem)
+
+    @property
+    def errors(self) -> list[Problem]:
+        """The findings that stop the merge, by line."""
+        return sorted((p for p in self.found if p.severity == "error"), key=_by_line)
+
+    @property
+    def warnings(self) -> list[Problem]:
+        """The other findings, by line."""
+        return sorted((p for p in self.found if p.severity == "warning"), key=_by_line)
+
+
+def _by_line(problem: Problem) -> int:
+    return problem.line if problem.line is not None else 1 << 30
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?`, or the list of what is known where nothing is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if not close:
+        folded = {name.lower().replace("-", "_"): name for name in names}
+        key = word.lower().replace("-", "_")
+        close = [folded[key]] if key in folded else []
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known are {', '.join(names)}" if names else ""

@@ -1,0 +1,345 @@
+"""What will happen to each tensor of the output, from headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit_monosoup.planning.architecture import Architecture, Weight
+from mergekit_monosoup.planning.catalogue import Method
+from mergekit_monosoup.planning.headers import (
+    Checkpoint,
+    StoredTensor,
+    bytes_per_entry,
+    is_quantised_weight,
+)
+from mergekit_monosoup.planning.problems import Problems
+from mergekit_monosoup.planning.recipe import Recipe
+from mergekit_monosoup.planning.settings import resolve
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output."""
+
+    tensor: str
+    action: str
+    shape: tuple[int, ...]
+    dtype: str
+    view: str
+    why: str
+    matrices: tuple[int, int, int] | None = None
+    """Number, rows and columns of the matrices that will be decomposed."""
+    read_bytes: float = 0.0
+    write_bytes: float = 0.0
+    inputs: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model in one output slice, with its layers and its own parameters."""
+
+    checkpoint: Checkpoint
+    first: int
+    end: int
+    parameters: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class OutputSlice:
+    """Consecutive layers of the output and where they come from."""
+
+    sources: tuple[Source, ...]
+    base: Checkpoint | None
+    parameters: Mapping[str, Any] | None
+    line: int | None
+
+
+def matrix_view(shape: Sequence[int]) -> tuple[int, int, int] | None:
+    """Return number, rows and columns of the matrices in which a tensor is decomposed; None for vectors.
+
+    Linear [out, in]: one; stack of experts [E, out, in]: E; convolution [out, in, k, ...]: one
+    [out, in * k * ...].
+    """
+    if len(shape) < 2 or 0 in shape:
+        return None
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    return 1, shape[0], math.prod(shape[1:])
+
+
+class TensorPlanner:
+    """Walk through the output as mergekit's planner does and decide each tensor's fate."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: Method,
+        architecture: Architecture | None,
+        problems: Problems,
+        truncate_embeddings: bool = False,
+    ) -> None:
+        self.recipe = recipe
+        self.method = method
+        self.architecture = architecture
+        self.problems = problems
+        self.truncate_embeddings = truncate_embeddings
+        self.planned: list[PlannedTensor] = []
+        self._used: dict[str, set[str]] = {}
+
+    def plan_module(self, name: str, slices: Sequence[OutputSlice], parameters: Mapping[str, Any] | None) -> None:
+        """Plan the tensors of one module, in mergekit's order."""
+        if self.architecture is None or not slices:
+            return
+        module = self.architecture.modules[name]
+        top = self.recipe.data.get("parameters")
+        for weights, part in self._ends(module, slices[0], before=True):
+            self._plan(weights, part, [part.parameters, parameters, top], 0.0)
+        index = 0
+        for part in slices:
+            count = part.sources[0].end - part.sources[0].first
+            for offset in range(count):
+                t = offset / (count - 1) if count > 1 else 1.0
+                out = module.layer(index, part.sources[0].checkpoint)
+                per_source = [module.layer(s.first + offset, s.checkpoint) for s in part.sources]
+                for position, weight in enumerate(out):
+                    group = [(weight, [layer[position] for layer in per_source])]
+                    self._plan(group[0], part, [part.parameters, parameters, top], t)
+                index += 1
+        for weights, part in self._ends(module, slices[-1], before=False):
+            self._plan(weights, part, [part.parameters, parameters, top], 0.0)
+
+    @staticmethod
+    def _ends(
+        module: Any, part: OutputSlice, *, before: bool
+    ) -> Iterator[tuple[tuple[Weight, list[Weight]], OutputSlice]]:
+        make = module.before if before else module.after
+        for weight in make(part.sources[0].checkpoint):
+            yield (weight, [weight] * len(part.sources)), part
+
+    def plan_names(self, part: OutputSlice) -> None:
+        """Plan by the names in the headers, where no architecture is known."""
+        names: dict[str, None] = {}
+        for source in part.sources:
+            names.update(dict.fromkeys(source.checkpoint.tensors))
+        for name in names:
+            weight = Weight(name, optional=True)
+            top = self.recipe.data.get("parameters")
+            self._plan((weight, [weight] * len(part.sources)), part, [part.parameters, top], 0.0)
+
+    def report_lost(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Warn of tensors that no task reads: mergekit drops them without a word."""
+        for checkpoint in checkpoints:
+            lost = sorted(set(checkpoint.tensors) - self._used.get(checkpoint.name, set()))
+            if lost and self._used.get(checkpoint.name):
+                listed = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+                self.problems.warning(
+                    f"{len(lost)} tensors of {checkpoint.name} will not be in the output ({listed}): "
+                    "neither mergekit's definition of the architecture nor the layers chosen have them"
+                )
+
+    def _plan(
+        self,
+        weights: tuple[Weight, list[Weight]],
+        part: OutputSlice,
+        blocks: list[Mapping[str, Any] | None],
+        t: float,
+    ) -> None:
+        out, inputs = weights
+        found: list[tuple[Source, StoredTensor]] = []
+        missing: list[Source] = []
+        tied_only = True
+        for source, weight in zip(part.sources, inputs, strict=True):
+            stored = self._find(source.checkpoint, weight)
+            if stored is None:
+                missing.append(source)
+            else:
+                found.append((source, stored))
+                tied_only = tied_only and stored.name in weight.tied_names
+        if out.optional and (not found or tied_only):
+            return
+        if missing and not self._may_miss(out, missing, found, part):
+            return
+        for source, stored in found:
+            self._used.setdefault(source.checkpoint.name, set()).add(stored.name)
+        shape = self._shape(out, found, part)
+        if shape is None:
+            return
+        self._add(out, found, part, blocks, t, shape)
+
+    def _find(self, checkpoint: Checkpoint, weight: Weight) -> StoredTensor | None:
+        for name in (weight.name, *weight.aliases, *weight.tied_names):
+            if name in checkpoint.tensors:
+                return checkpoint.tensors[name]
+        return None
+
+    def _may_miss(
+        self,
+        out: Weight,
+        missing: list[Source],
+        found: list[tuple[Source, StoredTensor]],
+        part: OutputSlice,
+    ) -> bool:
+        """Say whether the tensor can be made although some models lack it; note the error if not."""
+        lacking = missing[0].checkpoint
+        if not lacking.shapes_known:
+            return bool(found)
+        bases = [s for s, _ in found if s.checkpoint is part.base]
+        if out.optional and not self.method.ours:
+            return bool(found)
+        if out.optional and part.base is not None:
+            if len(found) == 1 and bases:
+                return True
+            if lacking is not part.base and bases:
+                return True
+        if not out.optional and _converted(lacking, out):
+            self.problems.warning(
+                f"tensor {out.name} of {lacking.name} is converted as it is loaded; its shape is not checked"
+            )
+            return bool(found)
+        role = " (the base)" if lacking is part.base else ""
+        self.problems.error(
+            f"tensor {out.name} is missing in {lacking.name}{role}; use checkpoints of the same architecture",
+            part.line,
+        )
+        return False
+
+    def _shape(
+        self, out: Weight, found: list[tuple[Source, StoredTensor]], part: OutputSlice
+    ) -> tuple[int, ...] | None:
+        shapes = {stored.shape for _, stored in found}
+        first = found[0][1].shape
+        if len(shapes) == 1:
+            return first
+        axis = out.vocabulary_axis
+        listed = ", ".join(f"{source.checkpoint.name} {list(stored.shape)}" for source, stored in found)
+        rest = {shape[:axis] + shape[axis + 1 :] for shape in shapes} if axis is not None else shapes
+        if axis is None or len(rest) > 1:
+            self.problems.error(f"tensor {out.name} has different shapes: {listed}", part.line)
+            return None
+        if self.truncate_embeddings:
+            return min(shapes, key=lambda shape: shape[axis])
+        data = self.recipe.data
+        if not (data.get("tokenizer") or data.get("tokenizer_source")):
+            self.problems.error(
+                f"vocabulary sizes differ in tensor {out.name}: {listed}; add `tokenizer: {{source: base}}`",
+                part.line,
+            )
+            return None
+        based = [stored.shape for source, stored in found if source.checkpoint is part.base]
+        source_of = data.get("tokenizer") or {}
+        wanted = source_of.get("source") if isinstance(source_of, dict) else data.get("tokenizer_source")
+        return based[0] if based and wanted == "base" else max(shapes, key=lambda shape: shape[axis])
+
+    def _add(
+        self,
+        out: Weight,
+        found: list[tuple[Source, StoredTensor]],
+        part: OutputSlice,
+        blocks: list[Mapping[str, Any] | None],
+        t: float,
+        shape: tuple[int, ...],
+    ) -> None:
+        data = self.recipe.data
+        for source, stored in found:
+            if self.method.ours and is_quantised_weight(stored):
+                self.problems.error(
+                    f"tensor {stored.name} of {source.checkpoint.name} ({stored.file}) is stored as "
+                    f"{stored.dtype}, so the checkpoint is quantised; dequantise it to float16, bfloat16 or "
+                    "float32 first",
+                    part.line,
+                )
+                return
+        dtypes = {stored.dtype for _, stored in found}
+        loaded = out.force_dtype or data.get("dtype")
+        dtype = str(out.force_dtype or data.get("out_dtype") or loaded or _promoted(dtypes))
+        dtype = dtype.removeprefix("torch.")
+        action, why = self._action(out, found, part, blocks, t, shape)
+        if action == "copied" and not all(s.is_floating for _, s in found):
+            dtype = found[0][1].dtype
+        view = matrix_view(shape) if action == "edited" else None
+        read = sum(s.size * bytes_per_entry(s.dtype) for _, s in found)
+        self.planned.append(
+            PlannedTensor(
+                tensor=out.name,
+                action=action,
+                shape=shape,
+                dtype=dtype,
+                view=_written_view(view),
+                why=why,
+                matrices=view,
+                read_bytes=read,
+                write_bytes=math.prod(shape) * bytes_per_entry(dtype),
+                inputs=len(found),
+            )
+        )
+
+    def _action(
+        self,
+        out: Weight,
+        found: list[tuple[Source, StoredTensor]],
+        part: OutputSlice,
+        blocks: list[Mapping[str, Any] | None],
+        t: float,
+        shape: tuple[int, ...],
+    ) -> tuple[str, str]:
+        if not all(stored.is_floating for _, stored in found):
+            return "copied", "not floating-point; must be equal in all models"
+        tuned = [source for source, _ in found if source.checkpoint is not part.base]
+        if not tuned:
+            return "copied", "only the base has it"
+        if not self.method.ours:
+            return ("kept", "one input") if len(found) == 1 else ("averaged", f"by {self.method.name}")
+        rest = "averaged" if len(tuned) > 1 else "kept"
+        if "edit" not in self.method.parameters:
+            return "averaged", f"by {self.method.name}"
+        if matrix_view(shape) is None:
+            return rest, "fewer than two axes" if len(shape) < 2 else "no entries"
+        if _is_false(resolve("edit", blocks, out.name, t)):
+            return rest, "edit: false"
+        threshold = resolve("min_relative_update", blocks, out.name, t)
+        why = f"unless its relative update is below {threshold:g}" if _is_positive(threshold) else ""
+        energy = resolve("energy", blocks, out.name, t)
+        rule = "effective rank" if energy is None else f"energy R = {float(energy):g}"
+        return "edited", "; ".join(filter(None, (rule, why)))
+
+
+def _is_false(value: Any) -> bool:
+    return value is not None and str(value).lower() in ("false", "0", "no", "off", "n", "f", "0.0")
+
+
+def _is_positive(value: Any) -> bool:
+    try:
+        return value is not None and float(value) > 0
+    except ValueError:
+        return False
+
+
+def _promoted(dtypes: set[str]) -> str:
+    for wide in ("float64", "float32"):
+        if wide in dtypes:
+            return wide
+    return next(iter(dtypes)) if len(dtypes) == 1 else "float32"
+
+
+def _written_view(view: tuple[int, int, int] | None) -> str:
+    if view is None:
+        return ""
+    count, rows, columns = view
+    return f"{rows}x{columns}" if count == 1 else f"{count} of {rows}x{columns}"
+
+
+def _converted(checkpoint: Checkpoint, weight: Weight) -> bool:
+    """Ask transformers whether it makes a tensor out of others as it loads the checkpoint."""
+    # Slow to import, and only a checkpoint that lacks a tensor leads here.
+    from mergekit.architecture.conversion import can_convert_checkpoint_keys
+
+    model_type = checkpoint.config.get("model_type")
+    return bool(can_convert_checkpoint_keys(model_type, set(checkpoint.tensors), weight.name))

@@ -1,0 +1,1 @@
+"""Edit records and what is made of them: JSONL files, tables, figures, the model card's section."""

@@ -1,0 +1,100 @@
+"""Turn what a merge method did with one tensor into its record."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_monosoup.report.rounding import rounding_variance
+from mergekit_monosoup.report.schema import Action, TensorRecord
+from mergekit_monosoup.spectral.edit import EditRecord
+
+
+def frobenius_norm(tensor: Tensor) -> float:
+    """Return ||tensor||_F; in float64 where float32's squares would under- or overflow."""
+    norm = float(torch.linalg.vector_norm(tensor))
+    if 1e-15 < norm < 1e15:
+        return norm
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def tensor_record(
+    name: str,
+    base: Tensor,
+    others: Sequence[Tensor],
+    *,
+    action: Action,
+    reason: str = "",
+    weights: Sequence[float] | None = None,
+    edit: EditRecord | None = None,
+    update_norm: float | None = None,
+    started: float | None = None,
+    **known: Any,
+) -> TensorRecord:
+    """Return the record of one tensor.
+
+    Args:
+        name: of the output tensor.
+        base, others: W0 and the fine-tuned tensors as they were stored.
+        action, reason: what was done and why.
+        weights: of the average, in the order of `others`; equal where absent.
+        edit: record of the spectral edit, where there was one.
+        update_norm: ||dW||_F of the (averaged) update before any edit.
+        started: `time.perf_counter()` when work on the tensor began.
+        known: further fields of the record.
+    """
+    base_norm = frobenius_norm(base)
+    variances, stored = zip(*(rounding_variance(t) for t in (base, *others)), strict=True)
+    shares = _shares(weights, len(others))
+    noise = math.sqrt(variances[0] + sum(w * w * v for w, v in zip(shares, variances[1:], strict=True)))
+    fields: dict[str, Any] = {
+        "tensor": name,
+        "shape": tuple(base.shape),
+        "dtype": dtype_name(base.dtype),
+        "action": action,
+        "reason": reason,
+        "stored_dtypes": tuple(dtype_name(dtype) for dtype in stored),
+        "update_norm": update_norm,
+        "relative_update": update_norm / base_norm if update_norm is not None and base_norm else None,
+        "rounding_share": noise / update_norm if update_norm else None,
+        **(edit_fields(edit) if edit is not None else {}),
+        **known,
+    }
+    if started is not None:
+        fields["seconds"] = round(time.perf_counter() - started, 6)
+    return TensorRecord.model_validate(fields)
+
+
+def edit_fields(edit: EditRecord) -> dict[str, Any]:
+    """Return the fields of a record that a spectral edit fills."""
+    if not edit.matrices:
+        return {"matrices": 0}
+    return {
+        "backend": edit.matrices[0].backend,
+        "matrices": len(edit.matrices),
+        "r": edit.rank,
+        "k": edit.k,
+        "effective_rank": edit.effective_rank,
+        "p_k": edit.energy_kept,
+        "rho": edit.rho,
+        "cos_alpha": edit.cos_alpha,
+        "lambda_low": edit.lambda_low,
+        "lambda_high": edit.lambda_high,
+    }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype as recipes spell it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1 / count] * count
+    total = math.fsum(weights)
+    return [w / total for w in weights]
