@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard
 from mergekit.card import generate_card
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 
+from mergekit_monosoup.report.card import card_section
+from mergekit_monosoup.report.schema import ReportHeader, TensorRecord
+
+LOG = logging.getLogger(__name__)
+
+FIGURES = "monosoup_figures"
 _MODEL_KEYS = frozenset({"model", "base_model", "lora", "path"})
 
 
-def write_card(recipe: str, folder: Path, name: str) -> None:
+def write_card(
+    recipe: str,
+    folder: Path,
+    name: str,
+    header: ReportHeader | None = None,
+    records: Sequence[TensorRecord] = (),
+) -> None:
     """Write `README.md` and `mergekit_config.yml`, as mergekit does, into `folder`.
 
     Args:
         recipe: the YAML text, stored as it is.
         folder: where the merged model lies.
         name: title of the card.
+        header, records: report of the merge, for a section of its own; without records there is none.
     """
     config = MergeConfiguration.model_validate(_with_explicit_paths(yaml.safe_load(recipe)))
-    (folder / "README.md").write_text(generate_card(config, recipe, name), "utf-8")
+    text = generate_card(config, recipe, name)
+    if header is not None and records:
+        section = card_section(header, records, _figures(folder, records))
+        before, marker, after = text.partition("### Configuration")
+        text = f"{before}{section}\n{marker}{after}"
+    card = ModelCard(text)
+    card.data.base_model = card.data.base_model or None
+    card.data.base_model_relation = "merge"
+    card.data.tags = [*(card.data.tags or []), config.merge_method]
+    (folder / "README.md").write_text(str(card), "utf-8")
     (folder / "mergekit_config.yml").write_text(recipe, "utf-8")
+
+
+def _figures(folder: Path, records: Sequence[TensorRecord]) -> list[Path]:
+    """Draw what can be drawn; relative paths of the pictures, none without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        LOG.info("matplotlib is not installed, so the card has no figures; pip install mergekit-monosoup[plot]")
+        return []
+    from mergekit_monosoup.report.plots import write_plots
+
+    written = write_plots(records, folder / FIGURES)
+    return [path.relative_to(folder) for path in written]
 
 
 def _with_explicit_paths(value: Any, key: str | None = None) -> Any:

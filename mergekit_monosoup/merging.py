@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
@@ -25,7 +24,7 @@ from mergekit_monosoup.methods.reporting import checkpoint_folder, relation_of
 from mergekit_monosoup.planning.headers import StoredTensor, read_folder
 from mergekit_monosoup.planning.output import STAGING
 from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
-from mergekit_monosoup.progress import progress
+from mergekit_monosoup.progress import Progress, progress
 from mergekit_monosoup.report.inputs import InputHashes
 from mergekit_monosoup.report.reader import FILE_NAME
 from mergekit_monosoup.report.recorder import Recorder, close_files, new_header, recording
@@ -73,25 +72,37 @@ def merge_to_folder(
         run_options = options.model_copy(update={"write_model_card": False, "quiet": quiet})
         total = sum(tensor.size for tensor in plan.tensors)
         with progress(total, "Merging", quiet=options.quiet or not ours) as bar:
-            recorder = Recorder(
-                new_header(
-                    method=config.merge_method,
-                    configuration=recipe,
-                    seed=options.random_seed,
-                    device=options.device,
-                ),
-                staging / FILE_NAME if ours and report else None,
-                hashes=_hashes(config) if ours and report else None,
-                listener=bar.record,
-            )
-            with recording(recorder):
+            recorder = _recorder(recipe, config, options, staging, bar if ours else None, report and ours)
+            with recorder, recording(recorder):
                 run_merge(config, str(staging), run_options)
-        if ours:
-            _record_copied(recorder, staging, config)
-        recorder.close()
+                if ours:
+                    _record_copied(recorder, staging, config)
         close_files()
         if options.write_model_card:
-            write_card(recipe, staging, out_path.resolve().name, recorder.header, recorder.records)
+            name = out_path.resolve().name
+            write_card(recipe, staging, name, recorder.header, recorder.records if ours else [])
+
+
+def _recorder(
+    recipe: str,
+    config: MergeConfiguration,
+    options: MergeOptions,
+    staging: Path,
+    bar: Progress | None,
+    write: bool,
+) -> Recorder:
+    header = new_header(
+        method=config.merge_method,
+        configuration=recipe,
+        seed=options.random_seed,
+        device=options.device,
+    )
+    return Recorder(
+        header,
+        staging / FILE_NAME if write else None,
+        hashes=_hashes(config) if write else None,
+        listener=bar.record if bar is not None else None,
+    )
 
 
 def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, overwrite: bool) -> Plan:
@@ -156,14 +167,10 @@ def _hashes(config: MergeConfiguration) -> InputHashes:
     others = sorted((m for m in config.referenced_models() if m != base), key=str)
     models: list[tuple[str, Literal["base", "finetuned"], Path]] = []
     for model in [base, *others] if base is not None else others:
-        folder = _source_folder(model)
+        folder = checkpoint_folder(model)
         if folder is not None:
             models.append((str(model), "base" if model == base else "finetuned", folder))
     return InputHashes(models)
-
-
-def _source_folder(model: ModelReference) -> Path | None:
-    return checkpoint_folder(model)
 
 
 def _record_copied(recorder: Recorder, staging: Path, config: MergeConfiguration) -> None:

@@ -22,11 +22,11 @@ class Progress:
     when told to be, and where standard error is no terminal.
     """
 
-    def __init__(self, total: float, description: str, *, quiet: bool) -> None:
+    def __init__(self, total: float, description: str, *, quiet: bool, unit: str = " parameters") -> None:
         self._bar = tqdm.tqdm(
             total=total or None,
             desc=description,
-            unit=" parameters",
+            unit=unit,
             unit_scale=True,
             disable=quiet or not sys.stderr.isatty(),
             dynamic_ncols=True,
@@ -47,15 +47,23 @@ class Progress:
         if LOG.isEnabledFor(logging.INFO):
             LOG.info("%s", in_a_line(record))
 
+    def tensor(self, record: TensorRecord) -> None:
+        """Show that one tensor is looked at, where tensors are what is counted."""
+        self.advance(record.tensor, 1)
+        if LOG.isEnabledFor(logging.INFO):
+            LOG.info("%s", in_a_line(record))
+
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
 
 
 @contextmanager
-def progress(total: float, description: str, *, quiet: bool) -> Iterator[Progress]:
+def progress(
+    total: float, description: str, *, quiet: bool, unit: str = " parameters"
+) -> Iterator[Progress]:
     """Open a bar and close it in the end, whatever happens."""
-    bar = Progress(total, description, quiet=quiet)
+    bar = Progress(total, description, quiet=quiet, unit=unit)
     try:
         yield bar
     finally:

@@ -14,12 +14,24 @@ from mergekit_monosoup.cli.failure import reported_errors
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out_path", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--overwrite", is_flag=True, help="Replace what OUT_PATH holds once the merge is done.")
+@click.option("--force-base", is_flag=True, help="Merge although the values say that the base is none.")
+@click.option(
+    "--report/--no-report", default=True, show_default=True, help="Write monosoup_report.jsonl (our methods)."
+)
 @add_merge_options
-def merge(config_file: Path, out_path: Path, overwrite: bool, merge_options: MergeOptions) -> None:
+def merge(
+    config_file: Path,
+    out_path: Path,
+    overwrite: bool,
+    force_base: bool,
+    report: bool,
+    merge_options: MergeOptions,
+) -> None:
     """Run the merge recipe CONFIG_FILE and write the model to OUT_PATH.
 
-    Takes the recipes and options of mergekit-yaml, works offline with local models, and puts files
-    into OUT_PATH only when the whole merge has succeeded.
+    Takes the recipes and options of mergekit-yaml, works offline with local models, makes the checks of
+    `plan` before anything is downloaded, and puts files into OUT_PATH only when the whole merge has
+    succeeded.
     """
     from mergekit_monosoup.merging import merge_to_folder
     from mergekit_monosoup.registry import register
@@ -27,6 +39,13 @@ def merge(config_file: Path, out_path: Path, overwrite: bool, merge_options: Mer
     merge_options.apply_global_options()
     with reported_errors():
         register()
-        merge_to_folder(config_file.read_text("utf-8"), out_path, merge_options, overwrite=overwrite)
+        merge_to_folder(
+            config_file.read_text("utf-8"),
+            out_path,
+            merge_options,
+            overwrite=overwrite,
+            force_base=force_base,
+            report=report,
+        )
     if not merge_options.quiet:
         click.echo(f"Wrote {out_path}")

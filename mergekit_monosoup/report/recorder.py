@@ -91,6 +91,26 @@ class Recorder:
             os.replace(unfinished, self.path)
 
 
+    def abort(self) -> None:
+        """Stop hashing and leave the file as it is; for a merge that has failed."""
+        with self._lock:
+            if self._hashes is not None:
+                self._hashes.cancel()
+                self._hashes = None
+            if self._stream is not None:
+                self._stream.close()
+                self._stream = None
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
 _LOCK = threading.Lock()
 _COMMANDS: list[Recorder] = []
 _FILES: dict[Path, Recorder] = {}

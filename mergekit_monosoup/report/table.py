@@ -176,6 +176,23 @@ def comparison_table(
     return text_table(heads, [cells for _, cells in rows]), len(rows)
 
 
+def sweep_table(records: Sequence[TensorRecord], energies: Sequence[str]) -> str:
+    """Return k and lambda_high of each tensor under the effective rank and under each threshold R."""
+    rows = []
+    for record in records:
+        if not record.sweep or record.k is None or record.lambda_high is None:
+            continue
+        cells = [record.tensor, f"{record.k:g}", f"{record.lambda_high:.4f}"]
+        for energy in energies:
+            found = record.sweep[energy]
+            cells += [f"{found['k']:g}", f"{found['lambda_high']:.4f}"]
+        rows.append(cells)
+    heads = ["tensor", "k", "l_high"]
+    for energy in energies:
+        heads += [f"k R={energy}", f"l_high R={energy}"]
+    return text_table(heads, rows)
+
+
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return aligned columns: the first and last flush left, numbers flush right."""
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]

@@ -1,0 +1,103 @@
+"""`mergekit-monosoup inspect`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from mergekit_monosoup.cli.failure import reported_errors
+
+if TYPE_CHECKING:
+    from mergekit_monosoup.inspection import Inspection
+    from mergekit_monosoup.report.schema import TensorRecord
+
+
+@click.command()
+@click.argument("base")
+@click.argument("finetuned", nargs=-1, required=True)
+@click.option(
+    "--energy",
+    "energies",
+    multiple=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="R",
+    help="Split by the energy threshold R as well; repeatable, and free: one decomposition serves all.",
+)
+@click.option("--filter", "part", default="", metavar="TEXT", help="Only tensors whose name contains TEXT.")
+@click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Folder for PNG figures.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a report.")
+@click.option("--device", default="cpu", show_default=True, help="Where to decompose.")
+@click.option("--cache-dir", help="Where Hub models are downloaded to.")
+@click.option("-v", "--verbose", is_flag=True, help="One line per tensor as it is done.")
+@click.option("--quiet", is_flag=True, help="No progress bar and no table.")
+def inspect(
+    base: str,
+    finetuned: tuple[str, ...],
+    energies: tuple[float, ...],
+    part: str,
+    plot: Path | None,
+    json_file: Path | None,
+    device: str,
+    cache_dir: str | None,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Analyse the updates from BASE to FINETUNED as the merge would, without writing a model.
+
+    BASE and FINETUNED are folders or Hub ids. Several fine-tuned checkpoints are averaged first, and the
+    cosines between their updates are reported.
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
+    from mergekit_monosoup.inspection import Inspection
+    from mergekit_monosoup.progress import progress
+    from mergekit_monosoup.report.inputs import InputHashes
+    from mergekit_monosoup.report.recorder import Recorder, new_header
+
+    with reported_errors():
+        inspection = Inspection(base, finetuned, cache_dir=cache_dir)
+        chosen = [name for name in inspection.tensors if part in name]
+        if not chosen:
+            raise click.ClickException(f"no tensor of both models has {part!r} in its name")
+        roles: list[Literal["base", "finetuned"]] = ["base", *["finetuned" for _ in finetuned]]
+        models = list(zip(inspection.names, roles, inspection.folders, strict=True))
+        with progress(len(chosen), "Inspecting", quiet=quiet, unit=" tensors") as bar:
+            recorder = Recorder(
+                new_header(method="inspect", device=device),
+                json_file,
+                hashes=InputHashes(models) if json_file else None,
+                listener=lambda record: bar.tensor(record),
+            )
+            with recorder:
+                for record in inspection.records(energies, lambda name: part in name, device):
+                    recorder.add(record)
+        _tell(inspection, recorder.records, energies, quiet)
+        if plot is not None:
+            from mergekit_monosoup.report.plots import write_plots
+
+            for file in write_plots(recorder.records, plot):
+                click.echo(f"Wrote {file}")
+    if json_file is not None:
+        click.echo(f"Wrote {json_file}")
+
+
+def _tell(
+    inspection: Inspection, records: list[TensorRecord], energies: tuple[float, ...], quiet: bool
+) -> None:
+    from mergekit_monosoup.report.table import records_table, sorted_records, sweep_table
+
+    ordered = sorted_records(records, "tensor")
+    if not quiet:
+        click.echo(records_table(ordered))
+        if energies:
+            click.echo(f"\n{sweep_table(ordered, [f'{energy:g}' for energy in energies])}")
+    if inspection.missing:
+        click.echo(
+            f"warning: {len(inspection.missing)} tensors are not in all models: "
+            + ", ".join(inspection.missing[:5]),
+            err=True,
+        )
+    if (message := inspection.base_message()) is not None:
+        click.echo(f"warning: {message}", err=True)

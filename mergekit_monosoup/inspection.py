@@ -1,0 +1,182 @@
+"""Look at updates without writing a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from torch import Tensor
+
+from mergekit_monosoup.errors import InputError, NonFiniteError, ShapeMismatchError
+from mergekit_monosoup.lineage import Relation, unrelated
+from mergekit_monosoup.methods.reporting import relation_of
+from mergekit_monosoup.report.measure import edit_fields, frobenius_norm, tensor_record
+from mergekit_monosoup.report.schema import SpectrumCurve, TensorRecord
+from mergekit_monosoup.spectral.analysis import Analysis, analyse_update, spectrum_points
+from mergekit_monosoup.spectral.matrix import is_matrix_like
+
+_SAMPLED_TENSORS = 9
+
+
+class Inspection:
+    """The updates of one or more fine-tuned checkpoints, tensor by tensor.
+
+    Several checkpoints are averaged first, as the merge method does, and the cosines between their
+    updates are noted.
+    """
+
+    def __init__(self, base: str, finetuned: Sequence[str], *, cache_dir: str | None = None) -> None:
+        """Open the checkpoints (Hub models are downloaded).
+
+        Raises:
+            InputError: a checkpoint cannot be read.
+        """
+        self.names = [base, *finetuned]
+        self._loaders = [_loader(name, cache_dir) for name in self.names]
+        self._relations: dict[str, list[Relation]] = {name: [] for name in finetuned}
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where the checkpoints lie."""
+        return [Path(loader.index.base_path) for loader in self._loaders]
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names that all checkpoints share."""
+        shared = set.intersection(*(set(loader.index.tensor_paths) for loader in self._loaders))
+        return [name for name in self._loaders[0].index.tensor_paths if name in shared]
+
+    @property
+    def missing(self) -> list[str]:
+        """Names that some of the checkpoints lack."""
+        every = set().union(*(loader.index.tensor_paths for loader in self._loaders))
+        return sorted(every - set(self.tensors))
+
+    def records(
+        self,
+        energies: Sequence[float] = (),
+        select: Callable[[str], bool] = lambda _: True,
+        device: str = "cpu",
+    ) -> Iterator[TensorRecord]:
+        """Yield the record of each tensor that is selected.
+
+        Args:
+            energies: further thresholds R to split by.
+            select: which tensors to look at, by name.
+            device: where to decompose.
+
+        Raises:
+            InputError: shapes differ, or a tensor holds NaN, infinity or integers where numbers belong.
+        """
+        for name in self.tensors:
+            if select(name):
+                yield self._record(name, energies, device)
+
+    def base_message(self) -> str | None:
+        """Return what the tensors seen so far say against the base, None where nothing does."""
+        for name, relations in self._relations.items():
+            if (message := unrelated(self.names[0], name, relations)) is not None:
+                return message
+        return None
+
+    def _record(self, name: str, energies: Sequence[float], device: str) -> TensorRecord:
+        stored = [loader.get_tensor(name, device=device) for loader in self._loaders]
+        shape = tuple(stored[0].shape)
+        if any(tuple(tensor.shape) != shape for tensor in stored):
+            raise ShapeMismatchError(
+                f"tensor {name}: shapes differ: "
+                + ", ".join(f"{n} {list(t.shape)}" for n, t in zip(self.names, stored, strict=True))
+            )
+        if not all(tensor.is_floating_point() for tensor in stored):
+            return TensorRecord(
+                tensor=name,
+                shape=shape,
+                dtype=str(stored[0].dtype).removeprefix("torch."),
+                action="copied",
+                reason="not floating-point",
+                method="inspect",
+            )
+        updates = [_update(name, self.names[i], stored[0], stored[i]) for i in range(1, len(stored))]
+        mean = updates[0] if len(updates) == 1 else torch.stack(updates).mean(0)
+        matrix = is_matrix_like(shape)
+        if matrix:
+            for label, tensor in zip(self.names[1:], stored[1:], strict=True):
+                self._watch(name, label, stored[0], tensor)
+        analysis = analyse_update(mean, energies) if matrix else None
+        action = "edited" if matrix else ("kept" if len(updates) == 1 else "averaged")
+        return tensor_record(
+            name,
+            stored[0],
+            stored[1:],
+            action=action,
+            reason="" if matrix else "fewer than two axes",
+            edit=analysis.automatic if analysis else None,
+            update_norm=frobenius_norm(mean),
+            method="inspect",
+            spectrum=_curve(analysis),
+            sweep=_sweep(analysis),
+            cosines=self._cosines(updates),
+        )
+
+    def _watch(self, name: str, label: str, base: Tensor, finetuned: Tensor) -> None:
+        relations = self._relations[label]
+        if len(relations) < _SAMPLED_TENSORS:
+            found = relation_of(name, base, finetuned)
+            if found is not None:
+                relations.append(found)
+
+    def _cosines(self, updates: Sequence[Tensor]) -> dict[str, float | None]:
+        labels = _short_names(self.names[1:])
+        found: dict[str, float | None] = {}
+        norms = [frobenius_norm(update) for update in updates]
+        for i, j in combinations(range(len(updates)), 2):
+            scale = norms[i] * norms[j]
+            inner = float(torch.dot(updates[i].flatten().double(), updates[j].flatten().double()))
+            found[f"{labels[i]} / {labels[j]}"] = inner / scale if scale else None
+        return found
+
+
+def _loader(name: str, cache_dir: str | None) -> LazyTensorLoader:
+    reference = ModelReference.parse(name)
+    if reference.lora is not None:
+        raise InputError(f"{name} has an adapter; merge it into its base first, and name the result")
+    return reference.lazy_loader(cache_dir=cache_dir, lazy_unpickle=True)
+
+
+def _update(tensor: str, model: str, base: Tensor, finetuned: Tensor) -> Tensor:
+    wide = torch.float64 if torch.float64 in (base.dtype, finetuned.dtype) else torch.float32
+    update = finetuned.to(wide) - base.to(wide)
+    if not bool(torch.isfinite(update).all()):
+        raise NonFiniteError(
+            f"tensor {tensor}: the update of {model} holds NaN or infinity; the checkpoint or its base is "
+            "damaged, or training diverged"
+        )
+    return update
+
+
+def _curve(analysis: Analysis | None) -> SpectrumCurve | None:
+    if analysis is None or not analysis.singular_values:
+        return None
+    # Of a stack of experts, the first one stands for all.
+    index, value, energy = spectrum_points(analysis.singular_values[0])
+    return SpectrumCurve(index=tuple(index), value=tuple(value), energy=tuple(energy))
+
+
+def _sweep(analysis: Analysis | None) -> dict[str, dict[str, float]]:
+    names = ("k", "p_k", "rho", "cos_alpha", "lambda_low", "lambda_high")
+    if analysis is None or not analysis.singular_values:
+        return {}
+    return {
+        f"{energy:g}": {name: edit_fields(record)[name] for name in names}
+        for energy, record in analysis.fixed.items()
+    }
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Return the last part of each path, or the whole of them where those are not distinct."""
+    short = [Path(name).name for name in names]
+    return short if len(set(short)) == len(short) else list(names)

@@ -1,0 +1,83 @@
+"""One decomposition of an update, looked at with many thresholds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_monosoup.errors import NonFiniteError
+from mergekit_monosoup.spectral.edit import EditRecord, MatrixRecord
+from mergekit_monosoup.spectral.matrix import matrix_view
+from mergekit_monosoup.spectral.mixing import mixing_coefficients
+from mergekit_monosoup.spectral.spectrum import decompose
+from mergekit_monosoup.spectral.split import effective_rank, split_index
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is in an update: its spectra, and the edit record under each rule for the split."""
+
+    singular_values: tuple[Tensor, ...]
+    """Of each matrix with an update, `[r]`, descending, float64, relative to the largest."""
+    automatic: EditRecord
+    fixed: dict[float, EditRecord]
+
+
+def analyse_update(dw: Tensor, energies: Sequence[float] = ()) -> Analysis:
+    """Decompose an update once and split it by the effective rank and by each threshold R.
+
+    Args:
+        dw: `[out, in]`, `[out, in, k, ...]` or `[experts, out, in]`; float32 or float64.
+        energies: thresholds R in (0, 1].
+
+    Raises:
+        NonFiniteError: NaN or infinity in `dw`.
+        ParameterError: a threshold is out of range.
+    """
+    spectra = []
+    for matrix in matrix_view(dw):
+        peak = float(matrix.abs().max())
+        if not math.isfinite(peak):
+            raise NonFiniteError("the update holds NaN or infinity")
+        if peak > 0:
+            spectrum = decompose(matrix * 2.0 ** -math.frexp(peak)[1])
+            spectra.append((spectrum.singular_values.double(), spectrum.backend))
+    rules: list[float | None] = [None, *energies]
+    records = {rule: EditRecord(tuple(_record(s, rule, backend) for s, backend in spectra)) for rule in rules}
+    return Analysis(
+        tuple(s / s[0] for s, _ in spectra),
+        records[None],
+        {rule: record for rule, record in records.items() if rule is not None},
+    )
+
+
+def _record(values: Tensor, energy: float | None, backend: str) -> MatrixRecord:
+    k = split_index(values, energy)
+    coefficients = mixing_coefficients(values, k, "monosoup")
+    return MatrixRecord(len(values), k, effective_rank(values), coefficients, backend)
+
+
+def spectrum_points(values: Tensor, count: int = 96) -> tuple[list[int], list[float], list[float]]:
+    """Return a spectrum at some of its indices, dense at both ends of a logarithmic scale.
+
+    Args:
+        values: `[r]`, descending, not all zero.
+        count: about how many points.
+
+    Returns:
+        Indices from 1 to r, s_i / s_1 there, and the share of the energy up to there.
+    """
+    r = len(values)
+    half = count // 2
+    even = torch.linspace(1, r, half, dtype=torch.float64)
+    logarithmic = torch.logspace(0, math.log10(r), half, dtype=torch.float64) if r > 1 else even
+    index = sorted({int(i) for i in torch.cat([even, logarithmic]).round().clamp(1, r)})
+    relative = values.double() / values[0].double()
+    energy = relative.square().cumsum(0)
+    energy = energy / energy[-1]
+    picked = torch.tensor(index, device=values.device) - 1
+    return index, relative[picked].tolist(), energy[picked].tolist()
