@@ -46,9 +46,14 @@ def write_card(
         before, marker, after = text.partition("### Configuration")
         text = f"{before}{section}\n{marker}{after}"
     card = ModelCard(text)
-    card.data.base_model = card.data.base_model or None
-    card.data.base_model_relation = "merge"
-    card.data.tags = [*(card.data.tags or []), config.merge_method]
+    known: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    for key, value in (
+        # Local folders are no repositories, and an empty list is not valid.
+        ("base_model", known.get("base_model") or None),
+        ("base_model_relation", "merge"),
+        ("tags", [*known.get("tags", []), config.merge_method]),
+    ):
+        setattr(card.data, key, value)
     (folder / "README.md").write_text(str(card), "utf-8")
     (folder / "mergekit_config.yml").write_text(recipe, "utf-8")
 
@@ -56,7 +61,9 @@ def write_card(
 def _figures(folder: Path, records: Sequence[TensorRecord]) -> list[Path]:
     """Draw what can be drawn; relative paths of the pictures, none without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
-        LOG.info("matplotlib is not installed, so the card has no figures; pip install mergekit-monosoup[plot]")
+        LOG.info(
+            "matplotlib is not installed, so the card has no figures; pip install mergekit-monosoup[plot]"
+        )
         return []
     from mergekit_monosoup.report.plots import write_plots
 

@@ -15,7 +15,7 @@ from mergekit_monosoup.errors import InputError, NonFiniteError, ShapeMismatchEr
 from mergekit_monosoup.lineage import Relation, unrelated
 from mergekit_monosoup.methods.reporting import relation_of
 from mergekit_monosoup.report.measure import edit_fields, frobenius_norm, tensor_record
-from mergekit_monosoup.report.schema import SpectrumCurve, TensorRecord
+from mergekit_monosoup.report.schema import Action, SpectrumCurve, TensorRecord
 from mergekit_monosoup.spectral.analysis import Analysis, analyse_update, spectrum_points
 from mergekit_monosoup.spectral.matrix import is_matrix_like
 
@@ -107,7 +107,7 @@ class Inspection:
             for label, tensor in zip(self.names[1:], stored[1:], strict=True):
                 self._watch(name, label, stored[0], tensor)
         analysis = analyse_update(mean, energies) if matrix else None
-        action = "edited" if matrix else ("kept" if len(updates) == 1 else "averaged")
+        action: Action = "edited" if matrix else ("kept" if len(updates) == 1 else "averaged")
         return tensor_record(
             name,
             stored[0],

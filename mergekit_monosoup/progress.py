@@ -59,9 +59,7 @@ class Progress:
 
 
 @contextmanager
-def progress(
-    total: float, description: str, *, quiet: bool, unit: str = " parameters"
-) -> Iterator[Progress]:
+def progress(total: float, description: str, *, quiet: bool, unit: str = " parameters") -> Iterator[Progress]:
     """Open a bar and close it in the end, whatever happens."""
     bar = Progress(total, description, quiet=quiet, unit=unit)
     try:

@@ -61,7 +61,8 @@ def inspect(
         chosen = [name for name in inspection.tensors if part in name]
         if not chosen:
             raise click.ClickException(f"no tensor of both models has {part!r} in its name")
-        roles: list[Literal["base", "finetuned"]] = ["base", *["finetuned" for _ in finetuned]]
+        roles: list[Literal["base", "finetuned"]] = ["base"]
+        roles += ["finetuned" for _ in finetuned]
         models = list(zip(inspection.names, roles, inspection.folders, strict=True))
         with progress(len(chosen), "Inspecting", quiet=quiet, unit=" tensors") as bar:
             recorder = Recorder(

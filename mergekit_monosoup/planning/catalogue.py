@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mergekit_monosoup.report.versions import installed_version
 
@@ -24,8 +23,7 @@ _KINDS: dict[str, TypeAdapter[Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(BaseModel, frozen=True, extra="forbid"):
     """A parameter of a merge method: where it may stand and which values it takes."""
 
     name: str
@@ -59,8 +57,7 @@ class Parameter:
         return None
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(BaseModel, frozen=True, extra="forbid"):
     """A merge method: what it asks of its inputs and which parameters it has."""
 
     name: str
@@ -73,33 +70,23 @@ class Method:
     parameters: dict[str, Parameter]
 
 
-@dataclass(frozen=True)
-class Catalogue:
-    """The methods of an environment."""
-
-    methods: dict[str, Method]
-
-
-def parse_catalogue(data: dict[str, Any]) -> Catalogue:
-    """Build a catalogue from what `catalogue_source.described` returns."""
+def parse_catalogue(data: dict[str, Any]) -> dict[str, Method]:
+    """Build the methods from what `catalogue_source.described` returns."""
     methods = {}
     for name, entry in data["methods"].items():
-        parameters = {
-            p: Parameter(name=p, **{k: tuple(v) if k == "choices" else v for k, v in spec.items()})
-            for p, spec in entry["parameters"].items()
-        }
-        methods[name] = Method(name=name, **{**entry, "parameters": parameters})
-    return Catalogue(methods)
+        parameters = {key: {"name": key, **spec} for key, spec in entry["parameters"].items()}
+        methods[name] = Method.model_validate({**entry, "name": name, "parameters": parameters})
+    return methods
 
 
 def find_method(name: str) -> tuple[Method | None, tuple[str, ...]]:
     """Return a method and the names of all methods; None where there is no such method."""
     data = json.loads(resources.files(__package__).joinpath("catalogue.json").read_text("utf-8"))
     if data["mergekit"] == installed_version("mergekit"):
-        catalogue = parse_catalogue(data)
-        if name in catalogue.methods:
-            return catalogue.methods[name], tuple(catalogue.methods)
+        methods = parse_catalogue(data)
+        if name in methods:
+            return methods[name], tuple(methods)
     from mergekit_monosoup.planning.catalogue_source import described
 
-    catalogue = parse_catalogue(described())
-    return catalogue.methods.get(name), tuple(catalogue.methods)
+    methods = parse_catalogue(described())
+    return methods.get(name), tuple(methods)

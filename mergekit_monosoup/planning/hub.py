@@ -61,7 +61,9 @@ def read_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
             "check the path, or go online"
         ) from error
     except EntryNotFoundError as error:
-        raise InputError(f"model {name} has no config.json on the Hub; is it a transformers model?") from error
+        raise InputError(
+            f"model {name} has no config.json on the Hub; is it a transformers model?"
+        ) from error
     except HFValidationError as error:
         raise InputError(f"model {name} is neither a folder here nor a valid Hub id") from error
     except (HfHubHTTPError, SafetensorsParsingError, ValueError) as error:
@@ -71,9 +73,7 @@ def read_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
 
 def _tensors(metadata: Any) -> dict[str, StoredTensor]:
     return {
-        key: StoredTensor(
-            key, tuple(entry.shape), DTYPES.get(entry.dtype, (entry.dtype.lower(), 0))[0], file
-        )
+        key: StoredTensor(key, tuple(entry.shape), DTYPES.get(entry.dtype, (entry.dtype.lower(), 0))[0], file)
         for file, header in metadata.files_metadata.items()
         for key, entry in header.tensors.items()
     }

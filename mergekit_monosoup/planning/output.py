@@ -16,7 +16,8 @@ def check_output(out: Path, needed: float, free: float, *, overwrite: bool, prob
         problems.error(f"output {out} is a file; choose a folder")
     elif out.is_dir() and not overwrite and any(entry.name != STAGING for entry in out.iterdir()):
         problems.error(
-            f"output folder {out} is not empty; choose another one, or pass --overwrite to replace its contents"
+            f"output folder {out} is not empty; choose another one, or pass --overwrite to replace "
+            "its contents"
         )
     if needed > free:
         problems.error(

@@ -15,10 +15,19 @@ Path = tuple[str | int, ...]
 
 # The keys of mergekit.config.MergeConfiguration and of the models inside it.
 TOP_KEYS = frozenset(
-    (
-        "base_model chat_template dtype merge_method models modules out_dtype parameters slices tokenizer "
-        "tokenizer_source"
-    ).split()
+    {
+        "base_model",
+        "chat_template",
+        "dtype",
+        "merge_method",
+        "models",
+        "modules",
+        "out_dtype",
+        "parameters",
+        "slices",
+        "tokenizer",
+        "tokenizer_source",
+    }
 )
 MODEL_KEYS = frozenset({"model", "parameters"})
 SOURCE_KEYS = frozenset({"model", "layer_range", "parameters"})
@@ -151,9 +160,7 @@ def _check_outputs(recipe: Recipe, owner: Mapping[str, Any], path: Path, problem
             )
 
 
-def _check_entry(
-    recipe: Recipe, entry: Any, path: Path, known: frozenset[str], problems: Problems
-) -> bool:
+def _check_entry(recipe: Recipe, entry: Any, path: Path, known: frozenset[str], problems: Problems) -> bool:
     if not _check_keys(recipe, entry, path, known, problems):
         return False
     if not isinstance(entry.get("model"), (str, dict)):
@@ -171,9 +178,7 @@ def _check_keys(recipe: Recipe, value: Any, path: Path, known: frozenset[str], p
     for key in value:
         if key not in known:
             # `name` is what mergekit-multi calls the documents of its recipes.
-            hint = (
-                " (mergekit-multi knows it)" if not path and key == "name" else nearest(str(key), known)
-            )
+            hint = " (mergekit-multi knows it)" if not path and key == "name" else nearest(str(key), known)
             problems.error(f"unknown key {key!r} in {place}{hint}", recipe.line(*path, str(key)))
     return True
 

@@ -79,9 +79,7 @@ def _check_condition(
                 recipe.line(*path, str(key)),
             )
     if "value" not in condition:
-        problems.error(
-            f"a condition of parameter {parameter.name!r} has no value:", recipe.line(*path)
-        )
+        problems.error(f"a condition of parameter {parameter.name!r} has no value:", recipe.line(*path))
         return
     value = condition["value"]
     for item in value if isinstance(value, list) else [value]:

@@ -94,7 +94,9 @@ class TensorPlanner:
         self.planned: list[PlannedTensor] = []
         self._used: dict[str, set[str]] = {}
 
-    def plan_module(self, name: str, slices: Sequence[OutputSlice], parameters: Mapping[str, Any] | None) -> None:
+    def plan_module(
+        self, name: str, slices: Sequence[OutputSlice], parameters: Mapping[str, Any] | None
+    ) -> None:
         """Plan the tensors of one module, in mergekit's order."""
         if self.architecture is None or not slices:
             return

@@ -48,8 +48,8 @@ def _relation(name: str, w0: NDArray[np.float64] | None, w1: NDArray[np.float64]
     if w0 is None or w1 is None or w0.shape != w1.shape:
         return None
     dw = w1 - w0
-    norms = (float(np.linalg.norm(x)) for x in (w0, w1, dw))
-    return relation(name, *norms, float(dw @ w0))
+    n0, n1, n = (float(np.linalg.norm(x)) for x in (w0, w1, dw))
+    return relation(name, n0, n1, n, float(dw @ w0))
 
 
 def _sample(checkpoint: Checkpoint, name: str) -> NDArray[np.float64] | None:

@@ -6,6 +6,7 @@ that a figure can be read in grey.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 from mergekit_monosoup.errors import ConfigurationError, InputError
 from mergekit_monosoup.report.figures import place
 from mergekit_monosoup.report.schema import TensorRecord
+from mergekit_monosoup.report.table import natural_key
 
 _MARKERS = "osD^v<>Pphx*"
 _DASHES = ("-", "--", "-.", ":")
-_CURVES = 8
+_CURVES = 9
 _DPI = 150
 
 
@@ -70,7 +72,7 @@ def plot_spectra(records: Sequence[TensorRecord]) -> Any:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("index i")
-    axes.set_ylabel("s_i / s_1")
+    axes.set_ylabel("s_i / s_1 (relative to the largest)")
     axes.plot([], [], "o", color="white", mec="black", label="split k")
     _legend(axes)
     return figure
@@ -87,9 +89,10 @@ def plot_coefficients(records: Sequence[TensorRecord]) -> Any:
         (low, "λ_low", _by_module(records, lambda r: r.lambda_low)),
     ):
         _draw_series(axes, other)
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_ylabel(name)
-        axes.set_xlabel("layer")
+        values = [value for points in other.values() for _, value in points]
+        axes.set_ylim(max(-0.02, min(values) - 0.05), min(1.02, max(values) + 0.05))
+        axes.set_ylabel(f"{name} (factor)")
+        axes.set_xlabel("layer (index)")
     _legend(low)
     return figure
 
@@ -114,8 +117,8 @@ def plot_energy(records: Sequence[TensorRecord]) -> Any:
     axes.plot([], [], "o", color="white", mec="black", label="split k")
     axes.set_xlim(0, 1.01)
     axes.set_ylim(0, 1.03)
-    axes.set_xlabel("rank kept, k / r")
-    axes.set_ylabel("energy kept, P_k")
+    axes.set_xlabel("rank kept, k / r (share)")
+    axes.set_ylabel("energy kept, P_k (share)")
     _legend(axes)
     return figure
 
@@ -128,8 +131,8 @@ def plot_relative_update(records: Sequence[TensorRecord]) -> Any:
     figure, axes = _figure("Relative size of the update by layer", width=7.5)
     _draw_series(axes, series)
     axes.set_yscale("log")
-    axes.set_xlabel("layer")
-    axes.set_ylabel("‖ΔW‖ / ‖W0‖")
+    axes.set_xlabel("layer (index)")
+    axes.set_ylabel("‖ΔW‖ / ‖W0‖ (Frobenius norms)")
     _legend(axes)
     return figure
 
@@ -150,7 +153,7 @@ def plot_cosines(records: Sequence[TensorRecord]) -> Any:
         axes.hist(cosines, bins=bins, histtype="step", label=pair, **style)
     axes.set_xlim(-1, 1)
     axes.set_xlabel("cosine of two updates of one tensor")
-    axes.set_ylabel("tensors")
+    axes.set_ylabel("tensors (count)")
     _legend(axes)
     return figure
 
@@ -159,9 +162,7 @@ def _figure(title: str, *, panels: int = 1, width: float = 6.5) -> tuple[Any, An
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigurationError(
-            "figures need matplotlib; pip install 'mergekit-monosoup[plot]'"
-        ) from error
+        raise ConfigurationError("figures need matplotlib; pip install 'mergekit-monosoup[plot]'") from error
     # Not pyplot: it would choose a window system, and keep every figure in memory.
     figure = Figure(figsize=(width, 4.2), layout="constrained")
     axes = figure.subplots(1, panels)
@@ -197,7 +198,7 @@ def _draw_series(axes: Any, series: dict[str, list[tuple[int, float]]]) -> None:
 def _by_module(
     records: Sequence[TensorRecord], value: Callable[[TensorRecord], float | None]
 ) -> dict[str, list[tuple[int, float]]]:
-    """Return (layer, value) of the matrices by module type; vectors and tensors outside layers are left out."""
+    """Return (layer, value) of the matrices inside layers, by module type."""
     series: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         where = place(record.tensor)
@@ -208,13 +209,13 @@ def _by_module(
 
 
 def _representative(records: Sequence[TensorRecord]) -> list[TensorRecord]:
-    """Return one tensor of each module type, from the middle of the model, and at most eight."""
+    """Return one tensor of each module type from the middle of the model; of many, the largest."""
     modules: dict[str, list[TensorRecord]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda r: natural_key(r.tensor)):
         modules.setdefault(place(record.tensor).module, []).append(record)
     chosen = [group[len(group) // 2] for _, group in sorted(modules.items())]
-    step = -(-len(chosen) // _CURVES) or 1
-    return chosen[::step]
+    largest = sorted(chosen, key=lambda r: -math.prod(r.shape))[:_CURVES]
+    return [record for record in chosen if record in largest]
 
 
 def _label(record: TensorRecord) -> str:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from mergekit_monosoup.errors import InputError
 from mergekit_monosoup.report.schema import SCHEMA_VERSION, ReportHeader, TensorRecord
+
+T = TypeVar("T")
 
 FILE_NAME = "monosoup_report.jsonl"
 
@@ -31,19 +36,21 @@ def read_report(path: Path) -> Report:
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{file} does not exist; mergekit-monosoup merge writes {FILE_NAME} into its output")
-    header: ReportHeader | None = None
-    records = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
-        try:
-            if header is None:
-                header = ReportHeader.model_validate(_known_version(json.loads(line), file))
-            else:
-                records.append(TensorRecord.model_validate_json(line))
-        except (ValidationError, json.JSONDecodeError) as error:
-            raise InputError(f"{file}, line {number}: not a line of a report ({_short(error)})") from error
-    if header is None:
+    lines = file.read_text("utf-8").splitlines()
+    if not lines:
         raise InputError(f"{file} is empty; run the merge again")
+    header = _parsed(file, 1, lambda: ReportHeader.model_validate(_known_version(json.loads(lines[0]), file)))
+    records = []
+    for number, line in enumerate(lines[1:], start=2):
+        records.append(_parsed(file, number, partial(TensorRecord.model_validate_json, line)))
     return Report(header, tuple(records))
+
+
+def _parsed(file: Path, number: int, parse: Callable[[], T]) -> T:
+    try:
+        return parse()
+    except (ValidationError, json.JSONDecodeError) as error:
+        raise InputError(f"{file}, line {number}: not a line of a report ({_short(error)})") from error
 
 
 def _known_version(head: object, file: Path) -> object:

@@ -90,7 +90,6 @@ class Recorder:
             unfinished.write_text("\n".join(lines) + "\n", "utf-8")
             os.replace(unfinished, self.path)
 
-
     def abort(self) -> None:
         """Stop hashing and leave the file as it is; for a merge that has failed."""
         with self._lock:

@@ -29,7 +29,7 @@ class InputFile(_Line):
     """One file of an input checkpoint."""
 
     size: int = Field(description="bytes")
-    sha256: str | None = Field(None, description="of the whole file; null where it was not computed")
+    sha256: str | None = Field(default=None, description="of the whole file; null where it was not computed")
 
 
 class InputModel(_Line):
@@ -37,7 +37,7 @@ class InputModel(_Line):
 
     model: str = Field(description="as the recipe names it")
     role: Literal["base", "finetuned"]
-    revision: str | None = Field(None, description="commit of the Hub repository; null for local folders")
+    revision: str | None = Field(default=None, description="commit on the Hub; null for local folders")
     files: dict[str, InputFile] = Field(default_factory=dict)
 
 
@@ -47,11 +47,11 @@ class ReportHeader(_Line):
     kind: Literal["header"] = "header"
     schema_version: str = SCHEMA_VERSION
     created: str = Field(description="UTC, ISO 8601")
-    method: str | None = Field(None, description="merge method, or `inspect`")
+    method: str | None = Field(default=None, description="merge method, or `inspect`")
     versions: dict[str, str] = Field(description="of Python and of the packages that take part")
     inputs: tuple[InputModel, ...] = ()
     configuration: str | None = Field(
-        None, description="the recipe as it was written; null where the method cannot know it"
+        default=None, description="the recipe as it was written; null where the method cannot know it"
     )
     seed: int | None = None
     device: str | None = None
@@ -82,27 +82,27 @@ class TensorRecord(_Line):
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="of the method, for this tensor; defaults are left out"
     )
-    backend: str | None = Field(None, description="how the singular values were obtained")
-    matrices: int | None = Field(None, description="matrices with an update in the tensor's matrix view")
-    r: int | None = Field(None, description="min(rows, columns)")
-    k: Figure = Field(None, description="split index")
-    effective_rank: Figure = Field(None, description="exp H of the singular values")
-    p_k: Figure = Field(None, description="P_k = sum_{i<=k} s_i^2 / sum_i s_i^2")
-    rho: Figure = Field(None, description="(s_{k+1} / s_1)^2, 0 when k = r")
-    cos_alpha: Figure = Field(None, description="||dW_low|| / ||dW||")
+    backend: str | None = Field(default=None, description="how the singular values were obtained")
+    matrices: int | None = Field(default=None, description="matrices of the matrix view with an update")
+    r: int | None = Field(default=None, description="min(rows, columns)")
+    k: Figure = Field(default=None, description="split index")
+    effective_rank: Figure = Field(default=None, description="exp H of the singular values")
+    p_k: Figure = Field(default=None, description="P_k = sum_{i<=k} s_i^2 / sum_i s_i^2")
+    rho: Figure = Field(default=None, description="(s_{k+1} / s_1)^2, 0 when k = r")
+    cos_alpha: Figure = Field(default=None, description="||dW_low|| / ||dW||")
     lambda_low: Figure = None
     lambda_high: Figure = None
-    update_norm: Figure = Field(None, description="||dW||_F before the edit")
-    relative_update: Figure = Field(None, description="||dW||_F / ||W0||_F")
+    update_norm: Figure = Field(default=None, description="||dW||_F before the edit")
+    relative_update: Figure = Field(default=None, description="||dW||_F / ||W0||_F")
     rounding_share: Figure = Field(
-        None, description="expected norm of the storage rounding in dW, over ||dW||_F"
+        default=None, description="expected norm of the storage rounding in dW, over ||dW||_F"
     )
     stored_dtypes: tuple[str, ...] = Field(
-        (), description="coarsest dtype that holds the values exactly: base first, then the others"
+        default=(), description="coarsest that hold the values exactly; base first"
     )
     seconds: Figure = None
     figures: dict[str, Figure] = Field(default_factory=dict, description="of the method's own")
-    spectrum: SpectrumCurve | None = Field(None, description="written by `inspect`")
+    spectrum: SpectrumCurve | None = Field(default=None, description="written by `inspect`")
     sweep: dict[str, dict[str, Figure]] = Field(
         default_factory=dict, description="written by `inspect --energy`: the split at other R"
     )
