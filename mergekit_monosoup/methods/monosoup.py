@@ -155,13 +155,9 @@ class MonoSoup(GroupMergeMethod):
         return result
 
 
-def _edited(
-    inputs: GroupInputs, weights: Sequence[float], options: EditOptions
-) -> tuple[Tensor, EditRecord]:
+def _edited(inputs: GroupInputs, weights: Sequence[float], options: EditOptions) -> tuple[Tensor, EditRecord]:
     try:
-        result, record = edit_weight(
-            inputs.stored_base, inputs.stored_tuned, inputs.shares(weights), options
-        )
+        result, record = edit_weight(inputs.stored_base, inputs.stored_tuned, inputs.shares(weights), options)
     except NonFiniteError:
         inputs.require_finite()
         raise inputs.overflow() from None

@@ -68,7 +68,7 @@ def note(
         method: name of the merge method.
         action, reason: what happened to the tensor and why.
         report: value of the parameter `report`.
-        update_norm: ||dW||_F of the averaged update before any edit.
+        update_norm: ||dW||_F of the averaged update before any edit, where it is known.
         edit: record of the spectral edit.
         weights: of the average over the group's non-base entries.
         started: `time.perf_counter()` at the start of the work.

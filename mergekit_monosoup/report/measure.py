@@ -44,10 +44,14 @@ def tensor_record(
         action, reason: what was done and why.
         weights: of the average, in the order of `others`; equal where absent.
         edit: record of the spectral edit, where there was one.
-        update_norm: ||dW||_F of the (averaged) update before any edit.
+        update_norm: ||dW||_F of the (averaged) update before any edit; found where it is not given.
         started: `time.perf_counter()` when work on the tensor began.
         known: further fields of the record.
     """
+    if update_norm is None:
+        update_norm = edit.norm if edit is not None else _update_norm(base, others, weights)
+    if edit is not None and not edit.matrices and not reason:
+        reason = "zero update"
     base_norm = frobenius_norm(base)
     variances, stored = zip(*(rounding_variance(t) for t in (base, *others)), strict=True)
     shares = _shares(weights, len(others))
@@ -91,6 +95,14 @@ def edit_fields(edit: EditRecord) -> dict[str, Any]:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return a dtype as recipes spell it: bfloat16."""
     return str(dtype).removeprefix("torch.")
+
+
+def _update_norm(base: Tensor, others: Sequence[Tensor], weights: Sequence[float] | None) -> float:
+    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    mean = torch.zeros_like(base, dtype=wide)
+    for tensor, share in zip(others, _shares(weights, len(others)), strict=True):
+        mean.add_(tensor.to(wide) - base.to(wide), alpha=share)
+    return frobenius_norm(mean)
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:

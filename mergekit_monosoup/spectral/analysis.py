@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.spectral.edit import EditRecord, MatrixRecord
 from mergekit_monosoup.spectral.matrix import matrix_view
 from mergekit_monosoup.spectral.mixing import mixing_coefficients
 from mergekit_monosoup.spectral.spectrum import decompose
 from mergekit_monosoup.spectral.split import effective_rank, split_index
+from mergekit_monosoup.spectral.update import MatrixUpdate
 
 
 @dataclass(frozen=True)
@@ -40,25 +40,23 @@ def analyse_update(dw: Tensor, energies: Sequence[float] = ()) -> Analysis:
     """
     spectra = []
     for matrix in matrix_view(dw):
-        peak = float(matrix.abs().max())
-        if not math.isfinite(peak):
-            raise NonFiniteError("the update holds NaN or infinity")
-        if peak > 0:
-            spectrum = decompose(matrix * 2.0 ** -math.frexp(peak)[1])
-            spectra.append((spectrum.singular_values.double(), spectrum.backend))
+        # In float64 the spectrum serves every threshold; in float32 each would need a check of its own.
+        spectrum = decompose(MatrixUpdate(None, [matrix.double()]), backend="gram")
+        if spectrum is not None:
+            spectra.append((spectrum.singular_values, min(matrix.shape), spectrum.backend))
     rules: list[float | None] = [None, *energies]
-    records = {rule: EditRecord(tuple(_record(s, rule, backend) for s, backend in spectra)) for rule in rules}
+    records = {rule: EditRecord(tuple(_record(*found, rule) for found in spectra)) for rule in rules}
     return Analysis(
-        tuple(s / s[0] for s, _ in spectra),
+        tuple(values / values[0] for values, _, _ in spectra),
         records[None],
         {rule: record for rule, record in records.items() if rule is not None},
     )
 
 
-def _record(values: Tensor, energy: float | None, backend: str) -> MatrixRecord:
+def _record(values: Tensor, rank: int, backend: str, energy: float | None) -> MatrixRecord:
     k = split_index(values, energy)
     coefficients = mixing_coefficients(values, k, "monosoup")
-    return MatrixRecord(len(values), k, effective_rank(values), coefficients, backend)
+    return MatrixRecord(rank, k, effective_rank(values), coefficients, backend, float(values.norm()))
 
 
 def spectrum_points(values: Tensor, count: int = 96) -> tuple[list[int], list[float], list[float]]:

@@ -20,13 +20,14 @@ from mergekit_monosoup.spectral.update import MatrixUpdate
 
 @dataclass(frozen=True)
 class MatrixRecord:
-    """What was found and done in one matrix: its rank r, the split and the coefficients."""
+    """What was found and done in one matrix: its rank r, the split, the coefficients and ||dW||_F."""
 
     rank: int
     k: int
     effective_rank: float
     coefficients: Coefficients
     backend: str
+    norm: float
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class EditRecord:
     def rank(self) -> int:
         """Largest possible rank r = min(rows, columns)."""
         return self.matrices[0].rank if self.matrices else 0
+
+    @property
+    def norm(self) -> float:
+        """||dW||_F of the whole tensor."""
+        return math.hypot(*(m.norm for m in self.matrices))
 
     @property
     def k(self) -> float:
@@ -203,7 +209,8 @@ def _edit_matrix(update: MatrixUpdate, out: Tensor, options: EditOptions) -> Mat
         # edited = whole * dW + part * dW B B^T, B on the side of the split that has fewer directions.
         whole = c.lambda_high if complement else c.lambda_low
         part = c.lambda_low - whole if complement else c.lambda_high - whole
-    record = MatrixRecord(rank, k, effective_rank(values), c, spectrum.backend)
+    norm = float(values.norm())
+    record = MatrixRecord(rank, k, effective_rank(values), c, spectrum.backend, norm)
     del spectrum
     _apply(update, out, options.alpha * whole, options.alpha * part, basis)
     return record
