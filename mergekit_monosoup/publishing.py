@@ -162,10 +162,13 @@ def upload(
         raise PublishingError("the Hub's client is set to offline mode; unset HF_HUB_OFFLINE") from error
     except HfHubHTTPError as error:
         raise PublishingError(_refusal(repo_id, error)) from error
-    except _connection_errors() as error:
+    except (RuntimeError, *_connection_errors()) as error:
+        broken = _lost_connection(error)
+        if broken is None:
+            raise
         raise PublishingError(
-            f"the connection to the Hub broke ({type(error).__name__}: {error}); run the same command again: "
-            "files that have arrived are not sent again"
+            f"the connection to the Hub broke ({type(broken).__name__}: {broken}); run the same command "
+            "again: files that have arrived are not sent again"
         ) from error
     return str(commit.pr_url or commit.commit_url)
 
@@ -182,6 +185,15 @@ def _refusal(repo_id: str, error: Exception) -> str:
     if status is not None and status >= 500:
         return f"the Hub has a problem of its own ({status}); run the same command again later"
     return f"the Hub refuses the upload to {repo_id}: {error}"
+
+
+def _lost_connection(error: BaseException | None) -> BaseException | None:
+    """Return the broken connection behind an error; the client wraps those of single files."""
+    while error is not None:
+        if isinstance(error, _connection_errors()):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:

@@ -19,6 +19,7 @@ def reported_errors() -> Iterator[None]:
     system raise for a wrong recipe or a damaged checkpoint.
     """
     import yaml
+    from huggingface_hub.errors import StrictDataclassError
     from pydantic import ValidationError
     from safetensors import SafetensorError
 
@@ -36,7 +37,7 @@ def reported_errors() -> Iterator[None]:
         _fail(f"the recipe is not valid YAML: {error}", error)
     except KeyError as error:
         _fail(f"missing key {error}", error)
-    except (MonoSoupError, RuntimeError, ValueError, SafetensorError, OSError) as error:
+    except (MonoSoupError, RuntimeError, ValueError, SafetensorError, StrictDataclassError, OSError) as error:
         _fail(str(error), error)
 
 

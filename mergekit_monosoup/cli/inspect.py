@@ -78,8 +78,11 @@ def inspect(
         if plot is not None:
             from mergekit_monosoup.report.plots import write_plots
 
-            for file in write_plots(recorder.records, plot):
+            written = write_plots(recorder.records, plot)
+            for file in written:
                 click.echo(f"Wrote {file}")
+            if not written:
+                click.echo("warning: no figure drawn; the updates hold nothing to draw", err=True)
     if json_file is not None:
         click.echo(f"Wrote {json_file}")
 

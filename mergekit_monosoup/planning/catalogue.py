@@ -43,6 +43,9 @@ class Parameter(BaseModel, frozen=True, extra="forbid"):
         message = f"parameter {self.name!r} is {value!r}; it must be {self.allowed}"
         if self.choices:
             return None if value in self.choices else message
+        # pydantic reads true as 1.0; our methods refuse it, and `finite` marks theirs.
+        if isinstance(value, bool) and self.finite:
+            return message
         try:
             parsed = _KINDS[self.kind].validate_python(value)
         except ValidationError:

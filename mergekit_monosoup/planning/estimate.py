@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mergekit_monosoup.planning.tensors import PlannedTensor
+from mergekit_monosoup.planning.planned import PlannedTensor
 
 # What Python, torch and transformers take before the first tensor is loaded.
 _IMPORT_SECONDS = 8.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from mergekit_monosoup.planning.architecture import Architecture, Weight
@@ -15,64 +14,10 @@ from mergekit_monosoup.planning.headers import (
     bytes_per_entry,
     is_quantised_weight,
 )
+from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source, matrix_view
 from mergekit_monosoup.planning.problems import Problems
 from mergekit_monosoup.planning.recipe import Recipe
 from mergekit_monosoup.planning.settings import resolve
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the output."""
-
-    tensor: str
-    action: str
-    shape: tuple[int, ...]
-    dtype: str
-    view: str
-    why: str
-    matrices: tuple[int, int, int] | None = None
-    """Number, rows and columns of the matrices that will be decomposed."""
-    read_bytes: float = 0.0
-    write_bytes: float = 0.0
-    inputs: int = 0
-
-    @property
-    def size(self) -> int:
-        """Number of entries."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model in one output slice, with its layers and its own parameters."""
-
-    checkpoint: Checkpoint
-    first: int
-    end: int
-    parameters: Mapping[str, Any] | None
-
-
-@dataclass(frozen=True)
-class OutputSlice:
-    """Consecutive layers of the output and where they come from."""
-
-    sources: tuple[Source, ...]
-    base: Checkpoint | None
-    parameters: Mapping[str, Any] | None
-    line: int | None
-
-
-def matrix_view(shape: Sequence[int]) -> tuple[int, int, int] | None:
-    """Return number, rows and columns of the matrices in which a tensor is decomposed; None for vectors.
-
-    Linear [out, in]: one; stack of experts [E, out, in]: E; convolution [out, in, k, ...]: one
-    [out, in * k * ...].
-    """
-    if len(shape) < 2 or 0 in shape:
-        return None
-    if len(shape) == 3:
-        return shape[0], shape[1], shape[2]
-    return 1, shape[0], math.prod(shape[1:])
 
 
 class TensorPlanner:

@@ -17,7 +17,9 @@ from mergekit_monosoup.spectral.edit import EditRecord
 
 def frobenius_norm(tensor: Tensor) -> float:
     """Return ||tensor||_F; in float64 where float32's squares would under- or overflow."""
-    norm = float(torch.linalg.vector_norm(tensor))
+    # Without a dtype, the norm of a bfloat16 tensor is rounded to bfloat16.
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    norm = float(torch.linalg.vector_norm(tensor, dtype=wide))
     if 1e-15 < norm < 1e15:
         return norm
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_monosoup.errors import ConfigurationError, InputError
+from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.report.figures import place
 from mergekit_monosoup.report.schema import TensorRecord
 from mergekit_monosoup.report.table import natural_key
@@ -30,7 +30,7 @@ def write_plots(records: Sequence[TensorRecord], folder: Path) -> list[Path]:
         folder: where the PNG files go; created where it is missing.
 
     Returns:
-        The files written.
+        The files written; none where nothing was edited.
 
     Raises:
         ConfigurationError: matplotlib is not installed.
@@ -42,16 +42,14 @@ def write_plots(records: Sequence[TensorRecord], folder: Path) -> list[Path]:
         "relative_update": plot_relative_update,
         "cosines": plot_cosines,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, plot in plots.items():
         figure = plot(records)
         if figure is not None:
+            folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=_DPI)
             written.append(path)
-    if not written:
-        raise InputError("the records hold nothing to draw; were any tensors edited?")
     return written
 
 

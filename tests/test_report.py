@@ -1,0 +1,288 @@
+"""Reports: what is recorded is true, complete, and can be read, sorted, filtered and compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import copy_with_tensors, load_tensors
+from click.testing import CliRunner
+from commands import ROOT, forget_loaders, recipe, succeed, write_config
+from test_plan import merged
+
+from mergekit_monosoup.cli import main
+from mergekit_monosoup.errors import InputError, ParameterError
+from mergekit_monosoup.report.measure import tensor_record
+from mergekit_monosoup.report.reader import FILE_NAME, read_report
+from mergekit_monosoup.report.recorder import Recorder, new_header
+from mergekit_monosoup.report.rounding import rounding_variance, storage_dtype
+from mergekit_monosoup.report.schema import InputModel, ReportHeader, SpectrumCurve, TensorRecord
+from mergekit_monosoup.report.table import condition, sorted_records
+
+pytestmark = pytest.mark.usefixtures("registered")
+
+MATRIX = "model.layers.1.mlp.up_proj.weight"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_records_are_true(tmp_path, family):
+    """Every figure of every record against the float64 reference."""
+    models = family("qwen3-tied", "bf16")
+    out = merged(tmp_path, recipe(models.base, *models.tuned, parameters={"energy": 0.8}))
+    base, *tuned = (load_tensors(folder) for folder in models.folders)
+    report = read_report(out)
+    assert {r.tensor for r in report.records} == set(base)
+    for record in report.records:
+        w0 = base[record.tensor].double().numpy()
+        dw = np.mean([t[record.tensor].double().numpy() - w0 for t in tuned], axis=0)
+        assert record.update_norm == pytest.approx(np.linalg.norm(dw), rel=1e-4)
+        assert record.relative_update == pytest.approx(np.linalg.norm(dw) / np.linalg.norm(w0), rel=1e-4)
+        assert record.seconds is not None
+        assert record.seconds >= 0
+        if w0.ndim < 2:
+            assert (record.action, record.reason) == ("averaged", "fewer than two axes")
+            assert record.lambda_high is None
+            continue
+        s = np.linalg.svd(dw, compute_uv=False)
+        k = int(record.k)
+        energies = s**2 / np.sum(s**2)
+        assert record.action == "edited"
+        assert record.parameters == {"energy": 0.8}
+        assert record.r == min(w0.shape)
+        assert k == int(np.searchsorted(np.cumsum(energies), 0.8)) + 1
+        low = np.sqrt(energies[k:].sum())
+        rho = (s[k] / s[0]) ** 2
+        p = s / s.sum()
+        assert record.effective_rank == pytest.approx(np.exp(-np.sum(p * np.log(p))), rel=1e-3)
+        assert record.p_k == pytest.approx(energies[:k].sum(), rel=1e-4)
+        assert record.cos_alpha == pytest.approx(low, rel=1e-3)
+        assert record.rho == pytest.approx(rho, rel=1e-3)
+        assert record.lambda_low == pytest.approx(rho + (1 - rho) * low, rel=1e-3)
+        assert record.lambda_high == pytest.approx(1 - record.lambda_low)
+
+
+def test_header(tmp_path, family):
+    models = family("qwen3-tied", "bf16")
+    config = recipe(models.base, models.tuned[0])
+    out = merged(tmp_path, config, "--random-seed", "7")
+    header = read_report(out).header
+    assert header.method == "monosoup"
+    assert header.configuration == (tmp_path / "config0.yml").read_text()
+    assert (header.seed, header.device) == (7, "cpu")
+    assert {"python", "torch", "mergekit", "mergekit-monosoup"} <= set(header.versions)
+    assert [(m.model, m.role) for m in header.inputs] == [
+        (str(models.base), "base"),
+        (str(models.tuned[0]), "finetuned"),
+    ]
+    for model in header.inputs:
+        content = (Path(model.model) / "model.safetensors").read_bytes()
+        entry = model.files["model.safetensors"]
+        assert (entry.size, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_stock_command_writes_the_file_that_the_recipe_names(tmp_path, family):
+    from mergekit_monosoup.report.recorder import close_files
+
+    models = family("qwen3-tied", "bf16")
+    file = tmp_path / "deep" / "report.jsonl"
+    config = recipe(models.base, models.tuned[0], parameters={"report": str(file)})
+    succeed("mergekit-yaml", write_config(tmp_path, config), tmp_path / "out")
+    # Readable at any time; the hashes of the inputs come at the end.
+    assert len(read_report(file).records) == 35
+    close_files()
+    report = read_report(file)
+    assert len(report.records) == 35
+    assert all(entry.sha256 for model in report.header.inputs for entry in model.files.values())
+    assert not (tmp_path / "out" / FILE_NAME).exists()
+
+
+def test_copied_tensors_are_recorded(tmp_path, family):
+    models = family("qwen3-tied", "bf16")
+    head = {"lm_head.weight": load_tensors(models.base)["model.embed_tokens.weight"].clone()}
+    config = recipe(models.base, models.tuned[0])
+    base = copy_with_tensors(models.base, tmp_path / "base", load_tensors(models.base) | head)
+    out = merged(tmp_path, config | {"base_model": str(base)})
+    assert {r.tensor for r in read_report(out).records} == set(load_tensors(out))
+
+
+def test_skips_have_reasons(tmp_path, family):
+    models = family("qwen3-tied", "bf16")
+    parameters = {
+        "edit": [{"filter": "embed", "value": False}, {"value": True}],
+        "min_relative_update": [{"filter": "q_proj", "value": 0.9}, {"value": 0}],
+    }
+    out = merged(tmp_path, recipe(models.base, models.tuned[0], parameters=parameters))
+    reasons = {r.tensor: (r.action, r.reason) for r in read_report(out).records}
+    assert reasons["model.embed_tokens.weight"] == ("kept", "edit: false")
+    assert reasons["model.layers.0.self_attn.q_proj.weight"] == ("kept", "relative update below 0.9")
+    assert reasons[MATRIX] == ("edited", "")
+    same = merged(tmp_path / "same", recipe(models.base, copy_of(models.base, tmp_path / "copy")))
+    record = next(r for r in read_report(same).records if r.tensor == MATRIX)
+    assert (record.reason, record.lambda_high, record.rounding_share) == ("zero update", None, None)
+
+
+def copy_of(source, folder):
+    return copy_with_tensors(source, folder, load_tensors(source))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kept_as", ["stored", "float32"])
+def test_rounding_is_estimated_from_the_grid(dtype, kept_as):
+    """Against the rounding that really happened, also where the file is wider than the values."""
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(300, 400, generator=generator) * 0.02]
+    exact.append(exact[0] + 1e-4 * torch.randn(300, 400, generator=generator))
+    stored = [w.to(dtype) for w in exact]
+    true_error = (stored[1].double() - stored[0].double() - (exact[1] - exact[0]).double()).norm()
+    tensors = [w.float() for w in stored] if kept_as == "float32" else stored
+    update = float((tensors[1].double() - tensors[0].double()).norm())
+    record = tensor_record("w", tensors[0], tensors[1:], action="kept", update_norm=update)
+    assert record.rounding_share * update == pytest.approx(float(true_error), rel=0.03)
+    assert record.stored_dtypes == (str(dtype).removeprefix("torch."),) * 2
+    assert storage_dtype(exact[0]) == torch.float32
+
+
+def test_rounding_of_wide_and_odd_tensors():
+    w = torch.randn(50, 50)
+    assert rounding_variance(w)[0] < 1e-10
+    assert rounding_variance(w.double() + 1e-12)[1] == torch.float64
+    assert rounding_variance(torch.zeros(3, 3))[0] == 0
+    assert rounding_variance(torch.zeros(0, 3))[0] == 0
+    large = torch.randn(700, 700).bfloat16()
+    part, whole = rounding_variance(large)[0], rounding_variance(large[:180, :180].contiguous())[0]
+    assert part == pytest.approx(whole * large.numel() / 180**2, rel=0.05)
+
+
+def test_threads_do_not_lose_records(tmp_path):
+    """As under --multi-gpu, where methods run in several threads."""
+    path = tmp_path / "r.jsonl"
+    with Recorder(new_header(method="monosoup"), path) as recorder, ThreadPoolExecutor(16) as pool:
+        records = [
+            TensorRecord(tensor=f"t{i}", shape=(2, 2), dtype="float32", action="edited") for i in range(2000)
+        ]
+        list(pool.map(recorder.add, records))
+    assert {r.tensor for r in read_report(path).records} == {f"t{i}" for i in range(2000)}
+
+
+def test_a_failed_merge_leaves_a_readable_report(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(RuntimeError), Recorder(new_header(method="monosoup"), path) as recorder:
+        recorder.add(TensorRecord(tensor="a", shape=(1,), dtype="float32", action="kept"))
+        raise RuntimeError
+    assert len(read_report(path).records) == 1
+
+
+def test_recording_is_cheap():
+    """Well under a hundredth of the edit of the same tensor."""
+    from mergekit_monosoup.spectral.edit import edit_weight
+
+    base = torch.randn(1024, 3072).bfloat16()
+    tuned = (base.float() + 1e-3 * torch.randn(1024, 3072)).bfloat16()
+
+    def fastest(work):
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    _, edit = edit_weight(base, [tuned])
+    merge = fastest(lambda: edit_weight(base, [tuned]))
+    record = fastest(lambda: tensor_record("w", base, [tuned], action="edited", edit=edit).line())
+    # The bound on a quiet machine is 0.01; tests share theirs.
+    assert record < 0.05 * merge
+
+
+def test_command_sorts_filters_and_compares(tmp_path, family):
+    models = family("qwen3-tied", "bf16")
+    one = merged(tmp_path / "a", recipe(models.base, models.tuned[0]))
+    two = merged(tmp_path / "b", recipe(models.base, models.tuned[0], parameters={"energy": 0.5}))
+    result = run("report", one, "--sort", "lambda_high", "--filter", "mlp", "--filter", "k>1", "--limit", 3)
+    assert result.exit_code == 0, result.output
+    rows = result.output.splitlines()[1:4]
+    values = [float(re.findall(r"0\.\d{4}", row)[2]) for row in rows]
+    assert values == sorted(values)
+    assert all(".mlp." in row for row in rows)
+    line = json.loads(run("report", one, "--filter", MATRIX, "--json").output)
+    assert {"tensor", "k", "lambda_low", "lambda_high"} <= set(line)
+    compared = run("report", one, two, "--by", "k").output
+    assert MATRIX in compared
+    assert compared.strip().endswith("22 tensors differ")
+    assert run("report", one, one).output.strip().endswith("0 tensors differ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--sort", "lamda"], ["--columns", "foo"], ["--filter", "x<1"], ["--filter", "k<b"]],
+)
+def test_wrong_requests_are_named(tmp_path, arguments):
+    path = tmp_path / "r.jsonl"
+    with Recorder(new_header(method="monosoup"), path) as recorder:
+        recorder.add(TensorRecord(tensor="a", shape=(1,), dtype="float32", action="kept", k=1))
+    result = run("report", path, *arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "empty"),
+        ("{", "line 1"),
+        ('{"kind":"header"}', "schema version"),
+        ('{"kind":"header","schema_version":"99"}', "99"),
+        ('{"kind":"header","schema_version":"1","created":"x","versions":{}}\n{"tensor":1}', "line 2"),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path, text, named):
+    path = tmp_path / "r.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError, match=re.escape(str(path))) as raised:
+        read_report(path)
+    assert named in str(raised.value)
+    assert run("report", path).exit_code == 1
+    assert run("report", tmp_path / "none").exit_code == 1
+
+
+def test_schema_is_documented():
+    """docs/report.md names every field of the schema."""
+    text = (ROOT / "docs" / "report.md").read_text()
+    for model in (ReportHeader, InputModel, TensorRecord, SpectrumCurve):
+        for name in model.model_fields:
+            assert f"`{name}`" in text, f"docs/report.md does not describe {model.__name__}.{name}"
+
+
+def test_verbose_logs_a_line_a_tensor(tmp_path, family, caplog):
+    models = family("qwen3-tied", "bf16")
+    with caplog.at_level(logging.INFO, "mergekit_monosoup"):
+        merged(tmp_path, recipe(models.base, models.tuned[0]))
+    lines = [record.message for record in caplog.records if record.name == "mergekit_monosoup.progress"]
+    assert len(lines) == 35
+    assert any(re.match(rf"{MATRIX}: edited: k \d+, r 40, lambda_high", line) for line in lines)
+
+
+def test_sorting_knows_numbers_in_names():
+    records = [TensorRecord(tensor=f"l.{i}.w", shape=(), dtype="f", action="kept") for i in (10, 9, 1)]
+    assert [r.tensor for r in sorted_records(records, "tensor")] == ["l.1.w", "l.9.w", "l.10.w"]
+    with pytest.raises(ParameterError):
+        sorted_records(records, "nothing")
+    assert condition("action=kept")(records[0])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_loaders():
+    forget_loaders()
+    yield
+    forget_loaders()
