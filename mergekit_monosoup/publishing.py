@@ -143,6 +143,7 @@ def upload(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     api = huggingface_hub.HfApi()
+    expected = (RuntimeError, *_connection_errors())
     try:
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -162,7 +163,7 @@ def upload(
         raise PublishingError("the Hub's client is set to offline mode; unset HF_HUB_OFFLINE") from error
     except HfHubHTTPError as error:
         raise PublishingError(_refusal(repo_id, error)) from error
-    except (RuntimeError, *_connection_errors()) as error:
+    except expected as error:
         broken = _lost_connection(error)
         if broken is None:
             raise

@@ -177,9 +177,14 @@ def test_threads_do_not_lose_records(tmp_path):
 
 def test_a_failed_merge_leaves_a_readable_report(tmp_path):
     path = tmp_path / "r.jsonl"
-    with pytest.raises(RuntimeError), Recorder(new_header(method="monosoup"), path) as recorder:
-        recorder.add(TensorRecord(tensor="a", shape=(1,), dtype="float32", action="kept"))
-        raise RuntimeError
+
+    def failing():
+        with Recorder(new_header(method="monosoup"), path) as recorder:
+            recorder.add(TensorRecord(tensor="a", shape=(1,), dtype="float32", action="kept"))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        failing()
     assert len(read_report(path).records) == 1
 
 
