@@ -143,7 +143,7 @@ def upload(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     api = huggingface_hub.HfApi()
-    expected = (RuntimeError, *_connection_errors())
+    expected: tuple[type[Exception], ...] = (RuntimeError, *_connection_errors())
     try:
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)
