@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
@@ -19,11 +20,12 @@ from mergekit.options import MergeOptions
 
 from mergekit_monosoup.card import write_card
 from mergekit_monosoup.errors import ConfigurationError, InputError
-from mergekit_monosoup.lineage import unrelated
+from mergekit_monosoup.lineage import Relation, unrelated
 from mergekit_monosoup.methods.reporting import checkpoint_folder, relation_of
 from mergekit_monosoup.planning.headers import StoredTensor, read_folder
 from mergekit_monosoup.planning.output import STAGING
 from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
+from mergekit_monosoup.planning.values import check_base
 from mergekit_monosoup.progress import Progress, progress
 from mergekit_monosoup.report.inputs import InputHashes
 from mergekit_monosoup.report.reader import FILE_NAME
@@ -140,26 +142,33 @@ def _check_bases(config: MergeConfiguration) -> None:
     base = config.base_model
     if base is None:
         return
-    loader = LoaderCache().get(base)
     for model in config.referenced_models():
-        if model == base:
-            continue
-        other = LoaderCache().get(model)
-        names = [name for name in loader.index.tensor_paths if name in other.index.tensor_paths]
-        relations = []
-        step = max(1, len(names) // (4 * _SAMPLED_TENSORS))
-        for name in names[step // 2 :: step]:
-            w0 = loader.get_tensor(name)
-            if w0.ndim < 2 or not w0.is_floating_point():
-                continue
-            found = relation_of(name, w0, other.get_tensor(name))
-            if found is not None:
-                relations.append(found)
-            if len(relations) == _SAMPLED_TENSORS:
-                break
-        message = unrelated(str(base), str(model), relations)
+        message = None if model == base else _base_message(base, model)
         if message is not None:
             raise InputError(f"{message}, or pass --force-base to merge all the same")
+
+
+def _base_message(base: ModelReference, model: ModelReference) -> str | None:
+    """Sample the files that mergekit has at hand by now; whole tensors only where they are pickled."""
+    loaders = [LoaderCache().get(reference) for reference in (base, model)]
+    if all(loader.index.is_safetensors for loader in loaders):
+        folders = [Path(loader.index.base_path) for loader in loaders]
+        one, two = (
+            read_folder(str(reference), folder)
+            for reference, folder in zip((base, model), folders, strict=True)
+        )
+        return check_base(one, two)
+    names = [name for name in loaders[0].index.tensor_paths if name in loaders[1].index.tensor_paths]
+    relations: list[Relation] = []
+    step = max(1, len(names) // (4 * _SAMPLED_TENSORS))
+    for name in names[step // 2 :: step]:
+        w0, w1 = (loader.get_tensor(name) for loader in loaders)
+        found = relation_of(name, w0, w1) if w0.ndim > 1 and w0.is_floating_point() else None
+        if found is not None:
+            relations.append(found)
+        if len(relations) == _SAMPLED_TENSORS:
+            break
+    return unrelated(str(base), str(model), relations)
 
 
 def _hashes(config: MergeConfiguration) -> InputHashes:

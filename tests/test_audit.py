@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from checkpoints import build_model, copy_with_tensors, fine_tune, load_tensors, write_checkpoint
+from checkpoints import build_model, copy_as_bin, copy_with_tensors, fine_tune, load_tensors, write_checkpoint
 from click.testing import CliRunner
 from commands import forget_loaders, recipe, succeed, write_config
 from huggingface_hub import ModelCard
@@ -71,6 +71,11 @@ class TestBase:
         assert WORDS in result.output
         assert "--force-base" in result.output
         assert not (tmp_path / "out").exists()
+        forget_loaders()
+        pickled = copy_as_bin(stranger, tmp_path / "pickled")
+        other = write_config(tmp_path, recipe(pickled, tuned))
+        assert WORDS in run("merge", other, tmp_path / "out").output
+        forget_loaders()
         forced = run("merge", file, tmp_path / "out", "--force-base")
         assert forced.exit_code == 0, forced.output
 

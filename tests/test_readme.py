@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -128,12 +129,15 @@ def test_commands_exist():
                 assert CliRunner().invoke(mergekit_yaml, ["--help"]).exit_code == 0
             case ["make", target]:
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            case ["mergekit-monosoup", name, *options]:
+                text = CliRunner().invoke(main, [name, "--help"]).output
+                assert all(option in text for option in options if option.startswith("--")), words
             case ["hf", "upload", _, _] | ["pip", "install", _]:
                 pass
             case _:
                 pytest.fail(f"no check for {words}")
-    named = set(re.findall(r"mergekit-monosoup (merge|doctor|methods)\b", README))
-    assert named == {"merge", "doctor", "methods"}
+    named = set(re.findall(r"mergekit-monosoup ([a-z]+)\b", README))
+    assert named == set(main.list_commands(click.Context(main)))
     for name in named:
         assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
 

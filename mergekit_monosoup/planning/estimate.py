@@ -15,12 +15,17 @@ from mergekit_monosoup.planning.planned import PlannedTensor
 
 # What Python, torch and transformers take before the first tensor is loaded.
 _IMPORT_SECONDS = 8.0
-_IMPORT_BYTES = 700e6
-# float32 copies of a tensor that exist together: base, update, edited update, result.
+_IMPORT_BYTES = 550e6
+# What exists together: Gram matrix, its reduced form, vectors, basis; or base, update, mean, result.
 _COPIES = 4
 # Reading, converting, checking and writing pass over a tensor about this often.
 _PASSES = 12
 _MOMENT = 0.1
+_EIGEN_SIZE = 320
+# Eigenvalue problems gain on the calibration with their size, until memory bounds them (measured).
+_EIGEN_GAIN, _MOST_GAIN = 0.7, 4.0
+# All values, but only the vectors on the smaller side of the split, are found.
+_EIGEN_COST = 0.45
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,11 @@ def calibrate() -> Speed:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     generator = np.random.default_rng(0)
     a = generator.standard_normal((512, 512), dtype=np.float32)
-    b = a[:160, :160] @ a[:160, :160].T
+    b = (a[:_EIGEN_SIZE] @ a[:_EIGEN_SIZE].T).astype(np.float64)
     block = np.ones(1 << 22, dtype=np.float32)
     return Speed(
         flops=0.7 * cores * 2 * 512**3 / _best(lambda: a @ a),
-        eigen_flops=min(cores, 2) * 160**3 / _best(lambda: np.linalg.eigh(b)),
+        eigen_flops=min(cores, 2) * _EIGEN_SIZE**3 / _best(lambda: np.linalg.eigh(b)),
         bytes=2 * block.nbytes / _best(lambda: block.copy()),
     )
 
@@ -73,7 +78,9 @@ def estimate(tensors: Sequence[PlannedTensor], shard_bytes: float, speed: Speed)
     """Return the cost of the planned tensors.
 
     A decomposition of a rows x columns matrix with r = min and c = max of them costs a Gram product
-    (2 r^2 c), its eigenvectors (r^3 in units of the calibration) and the projection (2 r^2 c).
+    (2 r^2 c), the eigenvectors that are needed (r^3 in units of the calibration) and the projection
+    (2 r^2 c); it reads the matrix in blocks and holds a few float64 squares of the smaller side. Other
+    tensors are held in float32 as a whole.
 
     Args:
         tensors: what will be done.
@@ -83,13 +90,17 @@ def estimate(tensors: Sequence[PlannedTensor], shard_bytes: float, speed: Speed)
     seconds = _IMPORT_SECONDS
     peak = 0.0
     for tensor in tensors:
-        working = tensor.read_bytes + _COPIES * 4.0 * tensor.size
+        working = tensor.read_bytes + tensor.write_bytes
         seconds += _PASSES * 4.0 * tensor.size / speed.bytes
         if tensor.matrices is not None:
             count, rows, columns = tensor.matrices
             r, c = min(rows, columns), max(rows, columns)
-            seconds += count * (4.0 * r * r * c / speed.flops + r**3 / speed.eigen_flops)
-            working += 4 * 4.0 * r * r
+            gain = min(_MOST_GAIN, max(1.0, (r / _EIGEN_SIZE) ** _EIGEN_GAIN))
+            eigen = _EIGEN_COST * r**3 / (gain * speed.eigen_flops)
+            seconds += count * (4.0 * r * r * c / speed.flops + eigen)
+            working += _COPIES * 8.0 * r * r
+        else:
+            working += _COPIES * 4.0 * tensor.size
         peak = max(peak, working)
     written = sum(t.write_bytes for t in tensors)
     return Estimate(seconds, _IMPORT_BYTES + peak + min(written, shard_bytes))

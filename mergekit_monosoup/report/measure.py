@@ -14,15 +14,28 @@ from mergekit_monosoup.report.rounding import rounding_variance
 from mergekit_monosoup.report.schema import Action, TensorRecord
 from mergekit_monosoup.spectral.edit import EditRecord
 
+# Entries that are widened at a time.
+_PIECE = 1 << 22
+
 
 def frobenius_norm(tensor: Tensor) -> float:
-    """Return ||tensor||_F; in float64 where float32's squares would under- or overflow."""
-    # Without a dtype, the norm of a bfloat16 tensor is rounded to bfloat16.
-    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    norm = float(torch.linalg.vector_norm(tensor, dtype=wide))
+    """Return ||tensor||_F, in pieces: no copy of the tensor in a wider dtype is made."""
+    return math.hypot(*(_norm(piece) for piece in _pieces(tensor)))
+
+
+def _pieces(tensor: Tensor) -> list[Tensor]:
+    flat = tensor.detach().reshape(-1)
+    return [flat[start : start + _PIECE] for start in range(0, len(flat), _PIECE)]
+
+
+def _norm(piece: Tensor) -> float:
+    # Without a dtype, the norm of a bfloat16 tensor would be rounded to bfloat16.
+    wide = torch.float64 if piece.dtype == torch.float64 else torch.float32
+    norm = float(torch.linalg.vector_norm(piece, dtype=wide))
     if 1e-15 < norm < 1e15:
         return norm
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    # Squares may have left the range of float32.
+    return float(torch.linalg.vector_norm(piece, dtype=torch.float64))
 
 
 def tensor_record(
@@ -101,10 +114,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _update_norm(base: Tensor, others: Sequence[Tensor], weights: Sequence[float] | None) -> float:
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-    mean = torch.zeros_like(base, dtype=wide)
-    for tensor, share in zip(others, _shares(weights, len(others)), strict=True):
-        mean.add_(tensor.to(wide) - base.to(wide), alpha=share)
-    return frobenius_norm(mean)
+    shares = _shares(weights, len(others))
+    pieces = zip(*(_pieces(t) for t in (base, *others)), strict=True)
+    norms = []
+    for w0, *tuned in pieces:
+        mean = torch.zeros_like(w0, dtype=wide)
+        for w1, share in zip(tuned, shares, strict=True):
+            mean.add_(w1.to(wide) - w0.to(wide), alpha=share)
+        norms.append(_norm(mean))
+    return math.hypot(*norms)
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
