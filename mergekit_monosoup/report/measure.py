@@ -14,8 +14,8 @@ from mergekit_monosoup.report.rounding import rounding_variance
 from mergekit_monosoup.report.schema import Action, TensorRecord
 from mergekit_monosoup.spectral.edit import EditRecord
 
-# Entries that are widened at a time.
-_PIECE = 1 << 22
+# Entries that are widened at a time: on a processor, few enough for its cache.
+_PIECE, _DEVICE_PIECE = 1 << 18, 1 << 26
 
 
 def frobenius_norm(tensor: Tensor) -> float:
@@ -25,7 +25,8 @@ def frobenius_norm(tensor: Tensor) -> float:
 
 def _pieces(tensor: Tensor) -> list[Tensor]:
     flat = tensor.detach().reshape(-1)
-    return [flat[start : start + _PIECE] for start in range(0, len(flat), _PIECE)]
+    step = _PIECE if flat.device.type == "cpu" else _DEVICE_PIECE
+    return [flat[start : start + step] for start in range(0, len(flat), step)]
 
 
 def _norm(piece: Tensor) -> float:
