@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -14,8 +15,11 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
+from mergekit_monosoup.architecture import fitting_architecture
 from mergekit_monosoup.card import write_card
 from mergekit_monosoup.errors import ConfigurationError
+from mergekit_monosoup.methods.dequantised import has_scales
+from mergekit_monosoup.methods.quantized import config_written_here
 
 LOG = logging.getLogger(__name__)
 
@@ -44,9 +48,35 @@ def merge_to_folder(recipe: str, out_path: Path, options: MergeOptions, *, overw
     config = MergeConfiguration.model_validate(parsed)
     with _staged(out_path, overwrite) as staging:
         # mergekit's card step asks the Hub about local paths of the form a/b; ours does not.
-        run_merge(config, str(staging), options.model_copy(update={"write_model_card": False}))
+        with fitting_architecture(config, options), config_written_here():
+            run_merge(
+                _with_common_dtype(config),
+                str(staging),
+                options.model_copy(update={"write_model_card": False}),
+            )
+        _drop_quantization_config(staging / "config.json")
         if options.write_model_card:
             write_card(recipe, staging, name=out_path.resolve().name)
+
+
+def _with_common_dtype(config: MergeConfiguration) -> MergeConfiguration:
+    """Set `dtype` where some checkpoints are float8 and others are not: these have no common dtype."""
+    from mergekit.io.tasks import LoaderCache
+
+    held = [LoaderCache().get(model).index.tensor_paths for model in config.referenced_models()]
+    float8 = {has_scales(names) for names in held}
+    if config.dtype is not None or len(float8) == 1:
+        return config
+    LOG.warning("some checkpoints are stored as float8 and others are not: merging with dtype: bfloat16")
+    return config.model_copy(update={"dtype": "bfloat16"})
+
+
+def _drop_quantization_config(file: Path) -> None:
+    """Remove what config.json says of a quantised base: merged weights are stored as plain numbers."""
+    content = json.loads(file.read_text("utf-8"))
+    if content.pop("quantization_config", None) is not None:
+        LOG.warning("the merged weights are not quantised: config.json is without quantization_config")
+        file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 @contextmanager

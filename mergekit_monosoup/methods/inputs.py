@@ -18,6 +18,7 @@ from mergekit_monosoup.errors import (
     QuantizedWeightError,
     ShapeMismatchError,
 )
+from mergekit_monosoup.methods.ledger import LEDGER
 from mergekit_monosoup.methods.quantized import refuse_quantized_checkpoint
 
 
@@ -56,13 +57,16 @@ def validate_recipe(
             f"merge method {method!r} needs at least one fine-tuned checkpoint besides base_model"
             f"{f' for {group_name}' if group_name else ''}; add it under `models:`"
         )
+    if group_name is not None and not whole_recipe:
+        LEDGER.note(group_name)
     if whole_recipe:
         # Imported here: it brings transformers, which a mere registration must not.
         from mergekit.common import ModelReference
 
+        LEDGER.start(input_ids)
         for input_id in input_ids:
             if isinstance(input_id, ModelReference):
-                refuse_quantized_checkpoint(input_id)
+                refuse_quantized_checkpoint(input_id, is_base=input_id == base_id)
 
 
 @dataclass(frozen=True)

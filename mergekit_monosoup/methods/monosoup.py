@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from mergekit.merge_methods.base import (
     BasePolicy,
     GroupMergeMethod,
@@ -19,10 +21,12 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from mergekit_monosoup.errors import NonFiniteError
+from mergekit_monosoup.methods.dequantised import dequantised
 from mergekit_monosoup.methods.inputs import GroupInputs, validate_recipe
+from mergekit_monosoup.methods.ledger import LEDGER
 from mergekit_monosoup.methods.parameters import choice, flag, number, optional_number
 from mergekit_monosoup.spectral.edit import EditOptions, edit_weight
-from mergekit_monosoup.spectral.matrix import is_matrix_like
+from mergekit_monosoup.spectral.matrix import Layout, MatrixView, choose_view
 from mergekit_monosoup.spectral.mixing import Mixing
 from mergekit_monosoup.spectral.spectrum import Backend
 
@@ -62,11 +66,18 @@ _SPEC = MergeMethodSpec(
             description="false: keep the (averaged) fine-tuned value, scaled by alpha",
         ),
         ParameterSpec(
+            "matrix",
+            choice("matrix", Layout),
+            ParameterScope.SHARED,
+            default="auto",
+            description="reading of three or more axes: auto, flatten (first axis against the rest), stack",
+        ),
+        ParameterSpec(
             "min_relative_update",
             number("min_relative_update", "a finite number >= 0", lambda x: x >= 0),
             ParameterScope.SHARED,
             default=0.0,
-            description="below this ||dW||/||W0|| the tensor is not edited, >= 0",
+            description="below this ||dW||/||W0|| a matrix is not edited, >= 0",
         ),
         ParameterSpec(
             "spectrum",
@@ -91,7 +102,8 @@ class MonoSoup(GroupMergeMethod):
 
     arXiv 2602.09689, section 4; several checkpoints are averaged first (its Tables 1 and 4). Tensors
     with fewer than two axes, and those excluded by `edit` or `min_relative_update`, become
-    W0 + alpha dW. Works in float32 (float64 for float64) and rounds once.
+    W0 + alpha dW; running statistics of batch normalisation are kept from the fine-tuned model whatever
+    alpha is. Works in float32 (float64 for float64) and rounds once.
     """
 
     spec = _SPEC
@@ -106,39 +118,76 @@ class MonoSoup(GroupMergeMethod):
         group: TensorGroup,
         /,
         *,
-        energy: float | None,
         alpha: float,
-        mixing: Mixing,
         edit: bool,
+        matrix: Layout,
         min_relative_update: float,
+        energy: float | None,
+        mixing: Mixing,
         spectrum: Backend,
         weight: PerInputValues[float],
         **unknown: Any,
     ) -> Tensor:
-        """Return the edited weight in the shape and dtype of the inputs.
+        """Return the edited weight in the shape and dtype of the inputs, bfloat16 for float8.
 
         Raises:
             InputError: shapes differ, or a tensor holds NaN, infinity or integers.
             ParameterError: all weights of the average are zero.
         """
+        LEDGER.close()
+        group, stored = dequantised(group)
         inputs = GroupInputs.of(group)
+        name, shape = group.metadata.name, tuple(inputs.stored_base.shape)
+        if is_running_statistic(name):
+            # Statistics describe the data seen in training; a share of them describes nothing.
+            alpha = 1.0
         weights = weight.values_for(group.non_base)
-        matrix_like = is_matrix_like(tuple(inputs.stored_base.shape))
-        if edit and matrix_like and not _is_small(inputs, weights, min_relative_update):
-            options = EditOptions(energy, mixing, alpha, spectrum)
-            try:
-                result, _record = edit_weight(
-                    inputs.stored_base, inputs.stored_tuned, inputs.shares(weights), options
-                )
-            except NonFiniteError:
-                inputs.require_finite()
-                raise inputs.overflow() from None
-            return inputs.checked(result)
-        if alpha == 1 and len(weights) == 1:
-            # W0 + (W1 - W0) would round where the two differ by orders of magnitude.
-            inputs.require_finite()
-            return inputs.sole_finetuned
-        return inputs.add_to_base(inputs.mean_update(weights), alpha)
+        options = EditOptions(energy, mixing, alpha, spectrum)
+        view = choose_view(shape, name, matrix)
+        if not edit or not view.decomposes:
+            result = _unedited(inputs, weights, alpha)
+        elif view.shape[0] == 1 or min_relative_update == 0:
+            result = _edited(inputs, weights, options, view, min_relative_update)
+        else:
+            # Each matrix of a stack for itself, as if it had a tensor of its own.
+            parts = [_part(group, view, index) for index in range(view.shape[0])]
+            single = choose_view(view.shape[1:])
+            results = [_edited(part, weights, options, single, min_relative_update) for part in parts]
+            result = torch.stack(results).reshape(shape)
+        return result.to(stored)
+
+
+def is_running_statistic(name: str | None) -> bool:
+    """Say whether this is a mean or variance that batch normalisation has measured."""
+    return name is not None and name.endswith(("running_mean", "running_var"))
+
+
+def _edited(
+    inputs: GroupInputs, weights: Sequence[float], options: EditOptions, view: MatrixView, threshold: float
+) -> Tensor:
+    if _is_small(inputs, weights, threshold):
+        return _unedited(inputs, weights, options.alpha)
+    try:
+        result, _record = edit_weight(
+            inputs.stored_base, inputs.stored_tuned, inputs.shares(weights), options, view
+        )
+    except NonFiniteError:
+        inputs.require_finite()
+        raise inputs.overflow() from None
+    return inputs.checked(result)
+
+
+def _unedited(inputs: GroupInputs, weights: Sequence[float], alpha: float) -> Tensor:
+    if alpha == 1 and len(weights) == 1:
+        # W0 + (W1 - W0) would round where the two differ by orders of magnitude.
+        inputs.require_finite()
+        return inputs.sole_finetuned
+    return inputs.add_to_base(inputs.mean_update(weights), alpha)
+
+
+def _part(group: TensorGroup, view: MatrixView, index: int) -> GroupInputs:
+    entries = tuple(replace(entry, tensor=view.of(entry.tensor)[index]) for entry in group.entries)
+    return GroupInputs.of(replace(group, entries=entries))
 
 
 def _is_small(inputs: GroupInputs, weights: Sequence[float], threshold: float) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.errors import ShapeMismatchError
-from mergekit_monosoup.spectral.matrix import is_matrix_like, matrix_view
+from mergekit_monosoup.spectral.matrix import MatrixView, ViewKind, choose_view
 from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
 from mergekit_monosoup.spectral.spectrum import Backend, decompose
 from mergekit_monosoup.spectral.split import effective_rank, split_index
@@ -35,9 +35,11 @@ class EditRecord:
 
     The properties give the value of the matrix, and the mean over the matrices of a stack.
     Matrices without any update have no entry; an update of zero has no entries at all.
+    `view` says how the tensor was read as matrices.
     """
 
     matrices: tuple[MatrixRecord, ...]
+    view: ViewKind = "matrix"
 
     def _mean(self, values: list[float]) -> float:
         return fmean(values) if values else math.nan
@@ -106,6 +108,7 @@ def edit_weight(
     tuned: Sequence[Tensor],
     weights: Sequence[float] = (1.0,),
     options: EditOptions = EditOptions(),
+    view: MatrixView | None = None,
 ) -> tuple[Tensor, EditRecord]:
     """Return W0 + alpha (lambda_high dW_high + lambda_low dW_low), dW = sum_i w_i (W_i - W0).
 
@@ -118,6 +121,7 @@ def edit_weight(
         tuned: the W_i, in the shape, dtype and on the device of `base`.
         weights: w_i, summing to 1.
         options: split, mixing and factor.
+        view: how the tensors are read as matrices; by their shape alone where absent.
 
     Returns:
         The weight in the shape and dtype of `base`, rounded once from float32 (float64 for
@@ -127,14 +131,14 @@ def edit_weight(
         ShapeMismatchError: fewer than two axes.
         NonFiniteError: NaN or infinity in an input, or dW overflows.
     """
-    _require_matrix(base)
+    view = _required_view(base, view)
     out = torch.empty_like(base, memory_format=torch.contiguous_format)
-    stacks = [matrix_view(t) for t in tuned]
+    stacks = [view.of(t) for t in tuned]
     records = []
-    for index, (w0, result) in enumerate(zip(matrix_view(base), matrix_view(out), strict=True)):
+    for index, (w0, result) in enumerate(zip(view.of(base), view.of(out), strict=True)):
         update = MatrixUpdate(w0, [stack[index] for stack in stacks], weights)
         records.append(_edit_matrix(update, result, options))
-    return out, EditRecord(tuple(r for r in records if r is not None))
+    return out, EditRecord(tuple(r for r in records if r is not None), view.kind)
 
 
 def edit_update(
@@ -143,6 +147,7 @@ def edit_update(
     energy: float | None = None,
     mixing: Mixing = "monosoup",
     spectrum: Backend = "auto",
+    view: MatrixView | None = None,
 ) -> tuple[Tensor, EditRecord]:
     """Return the edited update lambda_high dW_high + lambda_low dW_low by itself.
 
@@ -155,6 +160,7 @@ def edit_update(
         energy: R in (0, 1], or None for the effective rank.
         mixing: `monosoup` or one of the ablations.
         spectrum: how the spectrum is computed; see `spectrum.decompose`.
+        view: how `dw` is read as matrices; by its shape alone where absent.
 
     Returns:
         The edited update in the shape of `dw`, float32 (float64 for float64), and its record.
@@ -163,23 +169,25 @@ def edit_update(
         ShapeMismatchError: fewer than two axes.
         NonFiniteError: NaN or infinity in `dw`.
     """
-    _require_matrix(dw)
+    view = _required_view(dw, view)
     dtype = torch.float64 if dw.dtype == torch.float64 else torch.float32
     out = torch.empty(dw.shape, dtype=dtype, device=dw.device)
     options = EditOptions(energy, mixing, spectrum=spectrum)
     records = [
         _edit_matrix(MatrixUpdate(None, [matrix]), result, options)
-        for matrix, result in zip(matrix_view(dw), matrix_view(out), strict=True)
+        for matrix, result in zip(view.of(dw), view.of(out), strict=True)
     ]
-    return out, EditRecord(tuple(r for r in records if r is not None))
+    return out, EditRecord(tuple(r for r in records if r is not None), view.kind)
 
 
-def _require_matrix(tensor: Tensor) -> None:
-    if not is_matrix_like(tuple(tensor.shape)):
+def _required_view(tensor: Tensor, view: MatrixView | None) -> MatrixView:
+    view = view or choose_view(tuple(tensor.shape))
+    if not view.decomposes:
         raise ShapeMismatchError(
             f"a tensor of shape {tuple(tensor.shape)} is not a matrix; leave tensors with fewer than "
             "two axes or without entries unedited"
         )
+    return view
 
 
 def _edit_matrix(update: MatrixUpdate, out: Tensor, options: EditOptions) -> MatrixRecord | None:
