@@ -17,19 +17,10 @@ from rounding import as_float64
 
 from mergekit_monosoup.spectral.matrix import choose_view
 
-pytestmark = pytest.mark.usefixtures("registered")
+pytestmark = pytest.mark.usefixtures("registered", "one_thread")
 
 ENERGY = 0.6
 QUIET = ("--no-copy-tokenizer", "--no-write-model-card", "--quiet")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads on matrices of this size only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_monosoup.spectral import edit_update
 from mergekit_monosoup.spectral.matrix import choose_view, matrix_view
@@ -154,29 +155,31 @@ def test_min_relative_update_is_asked_of_each_matrix_of_a_stack():
     assert not torch.equal(fused[1], w1[1])
 
 
+class LargestInFloat32(TorchDispatchMode):
+    """Watch how many entries the largest float32 tensor has that any operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
 @pytest.mark.usefixtures("registered")
-def test_a_stack_is_edited_in_parts(monkeypatch):
+@pytest.mark.parametrize("threshold", [0, 1e-3])
+def test_no_stack_is_copied_to_float32(threshold):
     from mergekit.merge_methods import merge_tensors
 
-    from mergekit_monosoup.methods import monosoup
-
     generator = torch.Generator().manual_seed(3)
-    w0 = torch.randn(7, 12, 20, generator=generator).bfloat16()
-    w1 = w0 + torch.randn(7, 12, 20, generator=generator).bfloat16()
-    options = {"energy": 0.6}
-    whole = merge_tensors([w0, w1], "monosoup", base_index=0, parameters=options)
-    sizes = []
-    real = monosoup.edit_update
-
-    def watched(dw, **keys):
-        sizes.append(dw.numel())
-        return real(dw, **keys)
-
-    monkeypatch.setattr(monosoup, "edit_update", watched)
-    monkeypatch.setattr(monosoup, "_PART_ENTRIES", 2 * 12 * 20)
-    parts = merge_tensors([w0, w1], "monosoup", base_index=0, parameters=options)
-    assert torch.equal(whole, parts)
-    assert max(sizes) <= 2 * 12 * 20
+    w0 = torch.randn(9, 12, 20, generator=generator).bfloat16()
+    w1 = w0 + torch.randn(9, 12, 20, generator=generator).bfloat16()
+    options = {"energy": 0.6, "min_relative_update": threshold}
+    with LargestInFloat32() as watched:
+        merge_tensors([w0, w1], "monosoup", base_index=0, parameters=options)
+    assert 0 < watched.entries <= 12 * 20
 
 
 @pytest.mark.usefixtures("registered")

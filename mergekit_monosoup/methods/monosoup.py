@@ -24,8 +24,9 @@ from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.methods.dequantised import dequantised
 from mergekit_monosoup.methods.inputs import GroupInputs, validate_recipe
 from mergekit_monosoup.methods.ledger import LEDGER
+from mergekit_monosoup.methods.outcomes import Outcome, tell
 from mergekit_monosoup.methods.parameters import choice, flag, number, optional_number
-from mergekit_monosoup.spectral.edit import EditOptions, edit_weight
+from mergekit_monosoup.spectral.edit import EditOptions, EditRecord, MatrixRecord, edit_weight
 from mergekit_monosoup.spectral.matrix import Layout, MatrixView, choose_view
 from mergekit_monosoup.spectral.mixing import Mixing
 from mergekit_monosoup.spectral.spectrum import Backend
@@ -144,16 +145,21 @@ class MonoSoup(GroupMergeMethod):
         weights = weight.values_for(group.non_base)
         options = EditOptions(energy, mixing, alpha, spectrum)
         view = choose_view(shape, name, matrix)
-        if not edit or not view.decomposes:
+        record: EditRecord | None = None
+        if not view.decomposes or not edit:
+            reason = "edit: false" if view.decomposes else "fewer than two axes"
             result = _unedited(inputs, weights, alpha)
         elif view.shape[0] == 1 or min_relative_update == 0:
-            result = _edited(inputs, weights, options, view, min_relative_update)
+            reason = f"relative update below {min_relative_update:g}"
+            result, record = _edited(inputs, weights, options, view, min_relative_update)
         else:
             # Each matrix of a stack for itself, as if it had a tensor of its own.
-            parts = [_part(group, view, index) for index in range(view.shape[0])]
-            single = choose_view(view.shape[1:])
-            results = [_edited(part, weights, options, single, min_relative_update) for part in parts]
-            result = torch.stack(results).reshape(shape)
+            reason = f"relative updates below {min_relative_update:g}"
+            result, record = _edited_one_by_one(group, weights, options, view, min_relative_update)
+        if record is not None:
+            tell(Outcome(name or "", "edited", edit=record))
+        else:
+            tell(Outcome(name or "", "kept" if len(weights) == 1 else "averaged", reason))
         return result.to(stored)
 
 
@@ -164,17 +170,35 @@ def is_running_statistic(name: str | None) -> bool:
 
 def _edited(
     inputs: GroupInputs, weights: Sequence[float], options: EditOptions, view: MatrixView, threshold: float
-) -> Tensor:
+) -> tuple[Tensor, EditRecord | None]:
+    """Return the edited weight and its record, or the unedited one and None below the threshold."""
     if _is_small(inputs, weights, threshold):
-        return _unedited(inputs, weights, options.alpha)
+        return _unedited(inputs, weights, options.alpha), None
     try:
-        result, _record = edit_weight(
+        result, record = edit_weight(
             inputs.stored_base, inputs.stored_tuned, inputs.shares(weights), options, view
         )
     except NonFiniteError:
         inputs.require_finite()
         raise inputs.overflow() from None
-    return inputs.checked(result)
+    return inputs.checked(result), record
+
+
+def _edited_one_by_one(
+    group: TensorGroup, weights: Sequence[float], options: EditOptions, view: MatrixView, threshold: float
+) -> tuple[Tensor, EditRecord | None]:
+    """Like `_edited` for each matrix of a stack; the record has those that were edited."""
+    first = group.entries[0].tensor
+    out = torch.empty_like(first, memory_format=torch.contiguous_format)
+    single = choose_view(view.shape[1:])
+    records: list[MatrixRecord] = []
+    for index, result in enumerate(view.of(out)):
+        entries = tuple(replace(entry, tensor=view.of(entry.tensor)[index]) for entry in group.entries)
+        part = GroupInputs.of(replace(group, entries=entries))
+        edited, record = _edited(part, weights, options, single, threshold)
+        result.copy_(edited)
+        records += record.matrices if record is not None else ()
+    return out, EditRecord(tuple(records), view.kind) if records else None
 
 
 def _unedited(inputs: GroupInputs, weights: Sequence[float], alpha: float) -> Tensor:
@@ -183,11 +207,6 @@ def _unedited(inputs: GroupInputs, weights: Sequence[float], alpha: float) -> Te
         inputs.require_finite()
         return inputs.sole_finetuned
     return inputs.add_to_base(inputs.mean_update(weights), alpha)
-
-
-def _part(group: TensorGroup, view: MatrixView, index: int) -> GroupInputs:
-    entries = tuple(replace(entry, tensor=view.of(entry.tensor)[index]) for entry in group.entries)
-    return GroupInputs.of(replace(group, entries=entries))
 
 
 def _is_small(inputs: GroupInputs, weights: Sequence[float], threshold: float) -> bool:

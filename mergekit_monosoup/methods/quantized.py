@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _WEIGHT_SUFFIXES = ("weight", "qweight", "weight_packed", "blocks", "W_q", "weight:_data")
 _INTEGER_TYPES = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F4"})
 _FLOAT8_TYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"})
-_FLOAT8_METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"})
+_FLOAT8_METHODS = frozenset({"fp8", "fbgemm_fp8"})
 
 _config_is_ours = ContextVar("_config_is_ours", default=False)
 
