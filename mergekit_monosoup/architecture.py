@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from mergekit.architecture import (
     ModelArchitecture,
@@ -19,7 +20,11 @@ from mergekit.architecture import (
     WeightInfo,
     get_architecture_info,
 )
-from mergekit.architecture.json_definitions import NAME_TO_ARCH
+from mergekit.architecture.json_definitions import (
+    NAME_TO_ARCH,
+    JsonLayerTemplates,
+    JsonModuleArchitecture,
+)
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
@@ -48,29 +53,45 @@ def fitting_architecture(config: MergeConfiguration, options: MergeOptions) -> I
 
     mergekit's own definition is used where it covers the checkpoints. Otherwise, and where all
     checkpoints hold the same tensors, these are taken by name; every run of numbered parts of the
-    model (`layers.0`, `layers.1`, ...) counts as a module with layers, for gradients.
+    model (`layers.0`, `layers.1`, ...) counts as a module with layers, for gradients. Tensors that are
+    left out all the same are named in a warning.
 
     Raises:
         InputError: a config.json does not name the class of its model.
-        MissingTensorError: neither way gets all tensors through.
+        MissingTensorError: mergekit would fail, and the checkpoints do not hold the same tensors.
     """
+    if options.allow_crimes:
+        yield
+        return
     models = config.referenced_models()
     LoaderCache().setup(options=options)
     configs = {model: model.config(trust_remote_code=options.trust_remote_code) for model in models}
     classes = {model: _class_name(model, config) for model, config in configs.items()}
-    arch, problem = _own_architecture(config, options, configs)
-    if problem is None:
+    own = _own_definition(config, options, configs)
+    # Recipes of slices and modules speak of the parts of mergekit's definition.
+    by_name = own.problem is not None and not (config.slices or config.modules)
+    named = _named_architecture(models, configs, own.arch) if by_name else None
+    if named is not None:
+        LOG.warning("%s; tensors are taken by their names in the files instead", own.problem)
+    elif own.problem is not None:
+        if own.fails and by_name:
+            raise MissingTensorError(
+                f"{own.problem}; and the checkpoints do not hold the same tensors, so these cannot be taken "
+                "by their names either. Save all of them with the same version of transformers first"
+            )
+        LOG.warning("%s", own.problem)
+    with _installed(named or own.arch, set(classes.values())):
+        yield
+
+
+@contextmanager
+def _installed(arch: ModelArchitecture | None, classes: Collection[str]) -> Iterator[None]:
+    """Let mergekit find a definition under these class names; None leaves its own in place."""
+    if arch is None:
         yield
         return
-    named = _named_architecture(models, configs, arch)
-    if named is None:
-        raise MissingTensorError(
-            f"{problem}; and the checkpoints do not hold the same tensors, so these cannot be taken by "
-            "their names either. Save all of them with the same version of transformers first"
-        )
-    LOG.warning("%s; tensors are taken by their names in the files instead", problem)
-    before = {name: NAME_TO_ARCH.get(name) for name in classes.values()}
-    NAME_TO_ARCH.update({name: [named] for name in before})
+    before = {name: NAME_TO_ARCH.get(name) for name in classes}
+    NAME_TO_ARCH.update({name: [arch] for name in before})
     try:
         yield
     finally:
@@ -91,25 +112,55 @@ def _class_name(model: ModelReference, config: PretrainedConfig) -> str:
     return name
 
 
-def _own_architecture(
+@dataclass(frozen=True)
+class _Definition:
+    """mergekit's definition of an architecture, what does not fit, and whether mergekit would fail."""
+
+    arch: ModelArchitecture | None
+    problem: str | None = None
+    fails: bool = False
+
+
+def _own_definition(
     config: MergeConfiguration, options: MergeOptions, configs: dict[ModelReference, PretrainedConfig]
-) -> tuple[ModelArchitecture | None, str | None]:
-    """Return mergekit's definition, and why it does not fit, or None where it does."""
+) -> _Definition:
     label = _class_name(*next(iter(configs.items())))
     try:
-        arch = get_architecture_info(config, options)
+        arch = _without_optional_aliases(get_architecture_info(config, options))
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        return None, f"mergekit cannot infer the architecture {label} ({error})"
+        return _Definition(None, f"mergekit cannot infer the architecture {label} ({error})", True)
+    lost = None
     for model, model_config in configs.items():
         weights = arch.all_weights(model_config)
-        if any(w.optional and w.aliases for w in weights):
-            return arch, f"mergekit cannot plan the optional weights with aliases of {label}"
         found = check_coverage(weights, tensor_names(model), model_config.model_type)
-        if found.lost:
-            return arch, f"mergekit's definition of {label} leaves out {describe(found.lost)} of {model}"
         if found.absent:
-            return arch, f"mergekit's definition of {label} asks for {describe(found.absent)}, not in {model}"
-    return arch, None
+            problem = f"mergekit's definition of {label} asks for {describe(found.absent)}, not in {model}"
+            return _Definition(arch, problem, True)
+        if found.lost and lost is None:
+            lost = f"mergekit's definition of {label} leaves out {describe(found.lost)} of {model}"
+    return _Definition(arch, lost)
+
+
+def _without_optional_aliases(arch: ModelArchitecture) -> ModelArchitecture:
+    """Drop the aliases of optional weights, which mergekit 0.1.5 cannot plan (BERT's `position_ids`)."""
+
+    def plain(weights: Iterable[WeightInfo]) -> list[WeightInfo]:
+        return [w.model_copy(update={"aliases": None}) if w.optional else w for w in weights]
+
+    modules = {}
+    for name, module in arch.modules.items():
+        part = module.architecture
+        if isinstance(part, JsonModuleArchitecture):
+            layers = JsonLayerTemplates(weights=plain(part.definition.layer_templates.weights))
+            changed = {
+                "pre_weights": plain(part.definition.pre_weights),
+                "layer_templates": layers,
+                "post_weights": plain(part.definition.post_weights),
+            }
+            definition = part.definition.model_copy(update=changed)
+            part = part.model_copy(update={"definition": definition})
+        modules[name] = module.model_copy(update={"architecture": part})
+    return arch.model_copy(update={"modules": modules})
 
 
 def _named_architecture(
