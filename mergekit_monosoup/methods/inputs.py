@@ -18,6 +18,7 @@ from mergekit_monosoup.errors import (
     QuantizedWeightError,
     ShapeMismatchError,
 )
+from mergekit_monosoup.methods.dequantised import dequantised
 from mergekit_monosoup.methods.ledger import LEDGER
 from mergekit_monosoup.methods.quantized import refuse_quantized_checkpoint
 
@@ -73,11 +74,12 @@ def validate_recipe(
 class GroupInputs:
     """The checked inputs of one output tensor.
 
-    Tensors stay as they were stored until they are needed; computation is in float32, in float64
-    for float64.
+    Tensors stay as they were stored until they are needed, but for float8, which is dequantised;
+    computation is in float32, in float64 for float64. `output_dtype` is what results are stored in.
     """
 
     group: TensorGroup
+    output_dtype: torch.dtype
 
     @classmethod
     def of(cls, group: TensorGroup) -> GroupInputs:
@@ -86,11 +88,12 @@ class GroupInputs:
         Raises:
             MissingBaseError, ShapeMismatchError, QuantizedWeightError.
         """
+        LEDGER.close()
         if group.base is None:
             raise MissingBaseError(f"{_label(group)}: no base among the inputs")
         for entry in group.entries:
             _check_storage(entry, group)
-        return cls(group)
+        return cls(*dequantised(group))
 
     @property
     def label(self) -> str:
@@ -142,7 +145,7 @@ class GroupInputs:
     def sole_finetuned(self) -> Tensor:
         """The fine-tuned tensor as it is stored, where there is just one."""
         (tensor,) = self.stored_tuned
-        return tensor
+        return tensor.to(self.output_dtype)
 
     def mean_update(self, weights: Sequence[float]) -> Tensor:
         """Return dW = sum_i w_i (W_i - W0) / sum_i w_i in the dtype of the computation.
@@ -174,14 +177,15 @@ class GroupInputs:
 
     def add_to_base(self, dw: Tensor, factor: float) -> Tensor:
         """Return W0 + factor dW, rounded once to the dtype of the inputs."""
-        return self.checked(torch.add(self.base, dw, alpha=factor).to(self.stored_base.dtype))
+        return self.checked(torch.add(self.base, dw, alpha=factor).to(self.output_dtype))
 
     def checked(self, result: Tensor) -> Tensor:
-        """Return a result unless it left the range of its dtype, which float16 alone is short of.
+        """Return a result to store, unless it left the range of its dtype, which float16 alone is short of.
 
         Raises:
             NonFiniteError: names tensor and remedy.
         """
+        result = result.to(self.output_dtype)
         if result.dtype == torch.float16 and not _finite(result):
             raise NonFiniteError(
                 f"{self.label}: the result overflows float16; set "

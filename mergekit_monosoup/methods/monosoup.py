@@ -21,9 +21,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from mergekit_monosoup.errors import NonFiniteError
-from mergekit_monosoup.methods.dequantised import dequantised
 from mergekit_monosoup.methods.inputs import GroupInputs, validate_recipe
-from mergekit_monosoup.methods.ledger import LEDGER
 from mergekit_monosoup.methods.outcomes import Outcome, tell
 from mergekit_monosoup.methods.parameters import choice, flag, number, optional_number
 from mergekit_monosoup.spectral.edit import EditOptions, EditRecord, MatrixRecord, edit_weight
@@ -135,8 +133,6 @@ class MonoSoup(GroupMergeMethod):
             InputError: shapes differ, or a tensor holds NaN, infinity or integers.
             ParameterError: all weights of the average are zero.
         """
-        LEDGER.close()
-        group, stored = dequantised(group)
         inputs = GroupInputs.of(group)
         name, shape = group.metadata.name, tuple(inputs.stored_base.shape)
         if is_running_statistic(name):
@@ -147,7 +143,7 @@ class MonoSoup(GroupMergeMethod):
         view = choose_view(shape, name, matrix)
         record: EditRecord | None = None
         if not view.decomposes or not edit:
-            reason = "edit: false" if view.decomposes else "fewer than two axes"
+            reason = "edit: false" if view.decomposes else "not a matrix"
             result = _unedited(inputs, weights, alpha)
         elif view.shape[0] == 1 or min_relative_update == 0:
             reason = f"relative update below {min_relative_update:g}"
@@ -155,12 +151,12 @@ class MonoSoup(GroupMergeMethod):
         else:
             # Each matrix of a stack for itself, as if it had a tensor of its own.
             reason = f"relative updates below {min_relative_update:g}"
-            result, record = _edited_one_by_one(group, weights, options, view, min_relative_update)
+            result, record = _edited_one_by_one(inputs, weights, options, view, min_relative_update)
         if record is not None:
             tell(Outcome(name or "", "edited", edit=record))
         else:
             tell(Outcome(name or "", "kept" if len(weights) == 1 else "averaged", reason))
-        return result.to(stored)
+        return result
 
 
 def is_running_statistic(name: str | None) -> bool:
@@ -185,16 +181,21 @@ def _edited(
 
 
 def _edited_one_by_one(
-    group: TensorGroup, weights: Sequence[float], options: EditOptions, view: MatrixView, threshold: float
+    inputs: GroupInputs, weights: Sequence[float], options: EditOptions, view: MatrixView, threshold: float
 ) -> tuple[Tensor, EditRecord | None]:
     """Like `_edited` for each matrix of a stack; the record has those that were edited."""
-    first = group.entries[0].tensor
-    out = torch.empty_like(first, memory_format=torch.contiguous_format)
+    out = torch.empty_like(
+        inputs.stored_base, dtype=inputs.output_dtype, memory_format=torch.contiguous_format
+    )
     single = choose_view(view.shape[1:])
     records: list[MatrixRecord] = []
+    stacks = [view.of(entry.tensor) for entry in inputs.group.entries]
     for index, result in enumerate(view.of(out)):
-        entries = tuple(replace(entry, tensor=view.of(entry.tensor)[index]) for entry in group.entries)
-        part = GroupInputs.of(replace(group, entries=entries))
+        entries = tuple(
+            replace(entry, tensor=stack[index])
+            for entry, stack in zip(inputs.group.entries, stacks, strict=True)
+        )
+        part = replace(inputs, group=replace(inputs.group, entries=entries))
         edited, record = _edited(part, weights, options, single, threshold)
         result.copy_(edited)
         records += record.matrices if record is not None else ()
