@@ -158,12 +158,12 @@ def edit_factors(
 def _record(values: Tensor, update: LowRankUpdate, energy: float | None, mixing: Mixing) -> MatrixRecord:
     k = split_index(values, energy)
     largest = min(update.left.shape[1], update.right.shape[2])
-    return MatrixRecord(
-        largest, k, effective_rank(values), mixing_coefficients(values, k, mixing), "factors"
-    )
+    return MatrixRecord(largest, k, effective_rank(values), mixing_coefficients(values, k, mixing), "factors")
 
 
-def mean_of(updates: Sequence[LowRankUpdate], weights: Sequence[float], scaling: float = 1.0) -> LowRankUpdate:
+def mean_of(
+    updates: Sequence[LowRankUpdate], weights: Sequence[float], scaling: float = 1.0
+) -> LowRankUpdate:
     """Return sum_i w_i dW_i as one low-rank update: factors side by side, ranks added.
 
     Args:
