@@ -203,10 +203,11 @@ def _whole_tensor(
     key: str, adapters: Sequence[Adapter], options: EditOptions, base: BaseLookup | None
 ) -> tuple[Tensor, bool]:
     values = [a.tensors[key] for a in adapters if key in a.full]
-    frozen = ".base_layer." in key
+    # The frozen weight under an adapted embedding, which peft saves along; a bias there is trained.
+    frozen = key.endswith(".base_layer.weight")
     w0 = None
     if base is not None and not frozen and "token_adapter" not in key:
-        w0 = base(key.removeprefix(PREFIX).replace(".modules_to_save.", "."))
+        w0 = base(key.removeprefix(PREFIX).replace(".base_layer.", "."))
     if len(values) < len(adapters) and w0 is None and not frozen:
         raise AdapterError(
             f"{key} is in some of the adapters only; give --base, so that the others can stand for the base's"
