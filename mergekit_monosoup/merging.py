@@ -16,6 +16,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_monosoup.card import write_card
 from mergekit_monosoup.errors import ConfigurationError
+from mergekit_monosoup.lora.cache import prepare_lora_cache
 
 LOG = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def merge_to_folder(recipe: str, out_path: Path, options: MergeOptions, *, overw
         )
     config = MergeConfiguration.model_validate(parsed)
     with _staged(out_path, overwrite) as staging:
+        prepare_lora_cache(config, options)
         # mergekit's card step asks the Hub about local paths of the form a/b; ours does not.
         run_merge(config, str(staging), options.model_copy(update={"write_model_card": False}))
         if options.write_model_card:

@@ -71,11 +71,11 @@ def lora(
     """
     from mergekit_monosoup.lora.adapter import read_adapter
     from mergekit_monosoup.lora.base import BaseModel
-    from mergekit_monosoup.lora.editing import EditOptions, edit_adapters
+    from mergekit_monosoup.lora.editing import AdapterOptions, edit_adapters
     from mergekit_monosoup.lora.writer import refuse_occupied, write_adapter
 
     with reported_errors():
-        options = EditOptions(energy, mixing, alpha, rank)
+        options = AdapterOptions(energy, mixing, alpha, rank)
         refuse_occupied(out, overwrite)
         read = [read_adapter(source) for source in adapters]
         lookup = BaseModel(base) if base else None

@@ -25,7 +25,7 @@ BaseLookup = Callable[[str], Tensor | None]
 
 
 @dataclass(frozen=True)
-class EditOptions:
+class AdapterOptions:
     """How an adapter is edited.
 
     `energy`, `mixing` and `alpha` are those of the merge method; `rank` is the rank of the result: None
@@ -70,7 +70,7 @@ class EditedAdapter:
 
 
 def edit_adapters(
-    adapters: Sequence[Adapter], options: EditOptions, base: BaseLookup | None = None
+    adapters: Sequence[Adapter], options: AdapterOptions, base: BaseLookup | None = None
 ) -> EditedAdapter:
     """Edit one adapter, or the average of several, without their base model.
 
@@ -80,7 +80,7 @@ def edit_adapters(
 
     Args:
         adapters: of one base model; a module that only some of them adapt has no update in the others.
-        options: see `EditOptions`.
+        options: see `AdapterOptions`.
         base: looks up tensors of the base model.
 
     Raises:
@@ -146,7 +146,7 @@ def _ranks(
     names: Sequence[str],
     adapters: Sequence[Adapter],
     tables: Sequence[Mapping[str, AdaptedModule]],
-    options: EditOptions,
+    options: AdapterOptions,
 ) -> dict[str, int]:
     """Return the rank that each module is stored with; parameters of one module share theirs."""
     wanted = options.rank
@@ -175,7 +175,7 @@ def _ranks(
 def _whole_tensors(
     adapters: Sequence[Adapter],
     tables: Sequence[Mapping[str, AdaptedModule]],
-    options: EditOptions,
+    options: AdapterOptions,
     base: BaseLookup | None,
     tensors: dict[str, Tensor],
 ) -> tuple[str, ...]:
@@ -200,7 +200,7 @@ def _whole_tensors(
 
 
 def _whole_tensor(
-    key: str, adapters: Sequence[Adapter], options: EditOptions, base: BaseLookup | None
+    key: str, adapters: Sequence[Adapter], options: AdapterOptions, base: BaseLookup | None
 ) -> tuple[Tensor, bool]:
     values = [a.tensors[key] for a in adapters if key in a.full]
     # The frozen weight under an adapted embedding, which peft saves along; a bias there is trained.

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.lora.adapter import COMPANIONS, Adapter
-from mergekit_monosoup.lora.editing import EditedAdapter, EditOptions, ModuleRecord
+from mergekit_monosoup.lora.editing import AdapterOptions, EditedAdapter, ModuleRecord
 
 LOG = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ RECORD_NAME = "monosoup_edit.json"
 def write_adapter(
     edited: EditedAdapter,
     adapters: Sequence[Adapter],
-    options: EditOptions,
+    options: AdapterOptions,
     out: Path,
     *,
     overwrite: bool = False,
@@ -75,7 +75,7 @@ def _dump(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _provenance(adapters: Sequence[Adapter], options: EditOptions) -> dict[str, Any]:
+def _provenance(adapters: Sequence[Adapter], options: AdapterOptions) -> dict[str, Any]:
     return {
         "method": "monosoup",
         "paper": "https://arxiv.org/abs/2602.09689",
@@ -102,7 +102,7 @@ def _described(record: ModuleRecord) -> dict[str, Any]:
     return described
 
 
-def _card(edited: EditedAdapter, adapters: Sequence[Adapter], options: EditOptions) -> str:
+def _card(edited: EditedAdapter, adapters: Sequence[Adapter], options: AdapterOptions) -> str:
     base = adapters[0].settings.get("base_model_name_or_path") or ""
     sources = "\n".join(f"- {a.source}" for a in adapters)
     rule = "effective rank" if options.energy is None else f"energy threshold {options.energy}"

@@ -19,6 +19,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from mergekit_monosoup.errors import NonFiniteError
+from mergekit_monosoup.methods.adapters import AdapterInputs
 from mergekit_monosoup.methods.inputs import GroupInputs, validate_recipe
 from mergekit_monosoup.methods.parameters import choice, flag, number, optional_number
 from mergekit_monosoup.spectral.edit import EditOptions, edit_weight
@@ -76,6 +77,13 @@ _SPEC = MergeMethodSpec(
             description="how the spectrum is computed: auto, gram or svd",
         ),
         ParameterSpec(
+            "exact_lora",
+            flag("exact_lora"),
+            ParameterScope.SHARED,
+            default=True,
+            description="true: updates of base+lora come from the factors; false: from the merged weights",
+        ),
+        ParameterSpec(
             "weight",
             number("weight", "a finite number >= 0", lambda x: x >= 0),
             ParameterScope.NON_BASE,
@@ -112,6 +120,7 @@ class MonoSoup(GroupMergeMethod):
         edit: bool,
         min_relative_update: float,
         spectrum: Backend,
+        exact_lora: bool,
         weight: PerInputValues[float],
         **unknown: Any,
     ) -> Tensor:
@@ -121,11 +130,13 @@ class MonoSoup(GroupMergeMethod):
             InputError: shapes differ, or a tensor holds NaN, infinity or integers.
             ParameterError: all weights of the average are zero.
         """
-        inputs = GroupInputs.of(group)
+        options = EditOptions(energy, mixing, alpha, spectrum)
         weights = weight.values_for(group.non_base)
+        if exact_lora and (adapters := AdapterInputs.of(group)):
+            return adapters.merged(weights, options, edit=edit, min_relative_update=min_relative_update)
+        inputs = GroupInputs.of(group)
         matrix_like = is_matrix_like(tuple(inputs.stored_base.shape))
         if edit and matrix_like and not _is_small(inputs, weights, min_relative_update):
-            options = EditOptions(energy, mixing, alpha, spectrum)
             try:
                 result, _record = edit_weight(
                     inputs.stored_base, inputs.stored_tuned, inputs.shares(weights), options
