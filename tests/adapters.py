@@ -46,6 +46,11 @@ def _llama(**changes: Any) -> nn.Module:
     )
 
 
+def _qwen2() -> nn.Module:
+    sizes = {k: v for k, v in TEXT_SIZES.items() if k != "head_dim"}
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
+
+
 def _gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=32)
@@ -87,7 +92,7 @@ KINDS = {
         {"target_modules": _ATTENTION, "alpha_pattern": {"q_proj": 5}, "rank_pattern": {"q_proj": 2}},
     ),
     "layers": Kind(_llama, {"target_modules": _ATTENTION, "layers_to_transform": [0, 2]}),
-    "lora-bias": Kind(_llama, {"target_modules": _ATTENTION, "lora_bias": True}),
+    "lora-bias": Kind(_qwen2, {"target_modules": _ATTENTION, "lora_bias": True}),
     "embeddings": Kind(_llama, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
     "conv1d-gpt2": Kind(_gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "convolutions": Kind(ConvNet, {"target_modules": ["tokens", "wave", "image", "point", "volume", "head"]}),
@@ -104,11 +109,11 @@ KINDS = {
     ),
     "rank-above-size": Kind(_llama, {"target_modules": ["k_proj"], "r": 24}),
     "saved-modules": Kind(_llama, {"target_modules": _ATTENTION, "modules_to_save": ["lm_head", "norm"]}),
-    "trained-biases": Kind(_llama, {"target_modules": _ATTENTION, "bias": "all"}),
+    "trained-biases": Kind(_qwen2, {"target_modules": _ATTENTION, "bias": "all"}),
 }
 
 
-def fill(model: nn.Module, seed: int) -> None:
+def fill(model: nn.Module, seed: int, scale: float = 0.1) -> None:
     """Give every trainable tensor of an adapter values, the factors a decaying spectrum."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -117,7 +122,7 @@ def fill(model: nn.Module, seed: int) -> None:
                 continue
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             if "lora_" in name:
-                parameter.copy_(0.1 * noise)
+                parameter.copy_(scale * noise)
                 if "lora_A" in name or "lora_embedding_A" in name:
                     decay = torch.logspace(0, -1.5, len(parameter))
                     parameter.mul_(decay.reshape(-1, *[1] * (parameter.ndim - 1)))
@@ -133,14 +138,21 @@ def base_model(kind: str) -> nn.Module:
 
 
 def make_adapter(
-    kind: str, folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32, **changes: Any
+    kind: str,
+    folder: Path,
+    *,
+    seed: int = 1,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 0.1,
+    base_dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> Path:
     """An adapter of a kind, trained by nobody, saved by peft."""
     options = {"r": 4, "lora_alpha": 6} | KINDS[kind].options | changes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = peft.get_peft_model(base_model(kind), peft.LoraConfig(**options))
-        fill(adapted, seed)
+        adapted = peft.get_peft_model(base_model(kind).to(base_dtype).float(), peft.LoraConfig(**options))
+        fill(adapted, seed, scale)
         if dtype != torch.float32:
             for name, parameter in adapted.named_parameters():
                 if "lora_" in name:

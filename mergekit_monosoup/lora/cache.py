@@ -86,10 +86,10 @@ def _check(reference: ModelReference) -> None:
     except UnsupportedAdapterError:
         # Not linear: peft merges it, and the method says what it takes.
         return
-    from mergekit_monosoup.lora.hollow import place
+    from mergekit_monosoup.lora import hollow
 
     try:
-        place(reference, adapter)
+        hollow.place(reference, adapter)
     except UnsupportedAdapterError:
         return
 

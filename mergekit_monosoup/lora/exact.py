@@ -7,6 +7,7 @@ import os
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from mergekit.common import ModelPath, ModelReference
@@ -16,7 +17,9 @@ from torch import Tensor
 from mergekit_monosoup.errors import AdapterError, UnsupportedAdapterError
 from mergekit_monosoup.lora.adapter import read_adapter
 from mergekit_monosoup.lora.factors import LowRankUpdate, mean_of
-from mergekit_monosoup.lora.hollow import Change, NameMap, place
+
+if TYPE_CHECKING:
+    from mergekit_monosoup.lora.hollow import Change, NameMap
 
 LOG = logging.getLogger(__name__)
 
@@ -76,8 +79,8 @@ def exact_update(entry: TensorEntry, base: TensorEntry, metadata: TensorMetadata
         return None
     names, changes = placed
     key = names.resolve(name)
-    change = Change(exact=False) if key is None else changes.get(key, Change())
-    if not change.exact:
+    change = changes.get(key) if key is not None else None
+    if key is None or (change is not None and not change.exact):
         _warn(
             str(reference), f"the update of {name}, and of others like it, is taken from the merged weights"
         )
@@ -93,8 +96,8 @@ def exact_update(entry: TensorEntry, base: TensorEntry, metadata: TensorMetadata
         return None
     raise AdapterError(
         f"tensor {name}: the merged copy of {reference} is not base + adapter. Either it was left in the "
-        "LoRA cache by another version of the adapter (delete that folder; `mergekit-monosoup merge` does so by "
-        "itself), or slices renumber the layers (set `exact_lora: false`)"
+        "LoRA cache by another version of the adapter (delete that folder; `mergekit-monosoup merge` does so "
+        "by itself), or slices renumber the layers (set `exact_lora: false`)"
     )
 
 
@@ -112,6 +115,9 @@ def _spelled(path: ModelPath) -> str:
 
 @lru_cache(maxsize=8)
 def _placed(reference: ModelReference) -> tuple[NameMap, dict[str, Change]] | None:
+    # Not before an adapter is met: the methods must register whatever peft's modules look like inside.
+    from mergekit_monosoup.lora.hollow import place
+
     try:
         return place(reference, read_adapter(str(reference.lora)))
     except UnsupportedAdapterError as error:
@@ -119,14 +125,17 @@ def _placed(reference: ModelReference) -> tuple[NameMap, dict[str, Change]] | No
         return None
 
 
-def _update(change: Change, base: Tensor) -> ExactUpdate | None:
+def _update(change: Change | None, base: Tensor) -> ExactUpdate | None:
+    if change is None:
+        return ExactUpdate()
     dense = None
     if change.whole is not None:
         if change.whole.shape != base.shape:
             return None
         w0 = base if base.dtype == torch.float64 else base.float()
         dense = change.whole.to(w0) - w0
-        if not bool(dense.any()):
+        # A frozen embedding saved along may be the base before it was rounded for storage.
+        if not bool((dense.abs() > (_spacing(base) * w0.abs() if change.frozen else 0)).any()):
             dense = None
     if change.shift is not None:
         shift = change.shift.to(device=base.device, dtype=torch.float32)
@@ -146,10 +155,7 @@ def _agrees(merged: Tensor, base: Tensor, update: ExactUpdate) -> bool:
     """
     if merged.shape != base.shape:
         return False
-    dtypes = [
-        d for d in (torch.bfloat16, torch.float16) if torch.equal(merged, merged.to(d).to(merged.dtype))
-    ]
-    eps = torch.finfo(dtypes[0] if dtypes else merged.dtype).eps
+    eps = _spacing(merged)
     w0 = base.float()
     if update.is_zero:
         difference, size, peak = merged.float() - w0, w0.abs(), 0.0
@@ -157,9 +163,18 @@ def _agrees(merged: Tensor, base: Tensor, update: ExactUpdate) -> bool:
         dw = update.materialise(w0)
         size, peak = w0.abs() + dw.abs(), float(dw.abs().max())
         difference = merged.float() - (w0 + dw)
-    smallest = torch.finfo(torch.float16).smallest_normal if torch.float16 in dtypes[:1] else 0.0
-    off = difference.abs() > eps * size + 1e-5 * peak + smallest * eps
+    # Below its normal numbers, float16 has a fixed spacing.
+    floor = torch.finfo(torch.float16).smallest_normal if eps == torch.finfo(torch.float16).eps else 0.0
+    off = difference.abs() > eps * (size + floor) + 1e-5 * peak
     return float(off.float().mean()) <= _OUTLIERS if off.numel() else True
+
+
+def _spacing(tensor: Tensor) -> float:
+    """Return the relative spacing of the coarsest dtype that holds the values as they are."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(tensor, tensor.to(dtype).to(tensor.dtype)):
+            return torch.finfo(dtype).eps
+    return torch.finfo(tensor.dtype).eps
 
 
 def _warn(subject: str, message: str) -> None:

@@ -18,7 +18,16 @@ import torch
 from mergekit.common import ModelReference, get_auto_cls
 from mergekit.io.tasks import LoaderCache
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, MultiheadAttention
+from peft.tuners.lora.layer import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Embedding,
+    Linear,
+    LoraLayer,
+    MultiheadAttention,
+    ParamWrapper,
+)
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -29,11 +38,6 @@ from mergekit_monosoup.errors import AdapterError, UnsupportedAdapterError
 from mergekit_monosoup.lora.adapter import PREFIX, Adapter
 from mergekit_monosoup.lora.factors import LowRankUpdate
 
-try:
-    from peft.tuners.lora.layer import ParamWrapper
-except ImportError:  # peft before target_parameters
-    ParamWrapper = None
-
 _NAME = "default"
 
 
@@ -41,13 +45,15 @@ _NAME = "default"
 class Change:
     """What an adapter does to one tensor: any of a new value, an added tensor and a low-rank update.
 
-    `exact` is False where peft changes the tensor in a way that is none of these.
+    `frozen` says that the new value is the base's own, saved along; `exact` is False where peft changes
+    the tensor in a way that is none of these.
     """
 
     whole: Tensor | None = None
     shift: Tensor | None = None
     low_rank: tuple[LowRankUpdate, ...] = ()
     exact: bool = True
+    frozen: bool = False
 
 
 def hollow_model(reference: ModelReference, dtype: torch.dtype) -> Any:
@@ -138,6 +144,7 @@ def _changes(adapted: PeftModel, shells: dict[str, nn.Parameter]) -> dict[str, C
     shift: dict[str, Tensor] = {}
     low_rank: dict[str, list[LowRankUpdate]] = {}
     inexact: set[str] = set()
+    frozen: set[str] = set()
     by_name = {name: names for names in aliases.values() for name in names}
     for path, module in adapted.named_modules():
         plain = _plain(path)
@@ -159,8 +166,16 @@ def _changes(adapted: PeftModel, shells: dict[str, nn.Parameter]) -> dict[str, C
             name = _plain(path)
             if name in by_name:
                 whole[name] = parameter.data
+                if path.endswith(".base_layer.weight"):
+                    frozen.add(name)
     return {
-        name: Change(whole.get(name), shift.get(name), tuple(low_rank.get(name, ())), name not in inexact)
+        name: Change(
+            whole.get(name),
+            shift.get(name),
+            tuple(low_rank.get(name, ())),
+            name not in inexact,
+            name in frozen,
+        )
         for name in whole.keys() | shift.keys() | low_rank.keys() | inexact
     }
 
@@ -178,7 +193,7 @@ def _layer_updates(layer: LoraLayer) -> Iterator[tuple[str, LowRankUpdate]]:
         yield "weight", _matrix(a.T, b.T, scaling, layer.get_base_layer().weight)
         return
     a, b = layer.lora_A[_NAME].weight.data, layer.lora_B[_NAME].weight.data
-    if ParamWrapper is not None and isinstance(layer, ParamWrapper):
+    if isinstance(layer, ParamWrapper):
         yield layer.parameter_name, _stack(layer, a, b, scaling)
     elif isinstance(layer, MultiheadAttention):
         yield "in_proj_weight", _matrix(b, a, scaling, layer.get_base_layer().in_proj_weight)
