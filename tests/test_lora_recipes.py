@@ -32,7 +32,7 @@ SPACING = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
 
 
 @pytest.fixture(autouse=True)
-def _fresh_loaders():
+def _fresh_loaders(registered):
     LoaderCache.loaders.clear()
     exact.forget()
     yield

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from mergekit_monosoup.spectral.mixing import Mixing
 
 LOG = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Rank = int | float | Literal["auto"] | None
 # Given the name of a tensor in the base model: the tensor, or None where the base has none of that name.
 BaseLookup = Callable[[str], Tensor | None]
@@ -91,30 +93,52 @@ def edit_adapters(
     names = list(dict.fromkeys(m.module for a in adapters for m in a.modules))
     tables = [{m.module: m for m in adapter.modules} for adapter in adapters]
     _refuse_strangers(adapters, tables)
-    edited: dict[str, tuple[AdaptedModule, LowRankUpdate, float]] = {}
-    records: dict[str, EditRecord] = {}
     ranks = {} if options.rank is None else _ranks(names, adapters, tables, options)
-    for name in names:
+    order = {key: i for i, key in enumerate(key for adapter in adapters for key in adapter.tensors)}
+
+    def edit(name: str) -> tuple[AdaptedModule, ModuleRecord, dict[str, Tensor]]:
         module, update = _mean(name, adapters, tables)
-        update, records[name] = edit_factors(update, energy=options.energy, mixing=options.mixing)
+        update, record = edit_factors(update, energy=options.energy, mixing=options.mixing)
         update = replace(update, left=update.left * options.alpha)
         error = 0.0
         if options.rank is not None:
             update, error = truncate(update, ranks[name])
-        edited[name] = (module, update, error)
-    tensors: dict[str, Tensor] = {}
-    for name, (module, update, _) in edited.items():
         first = next(a for a, table in zip(adapters, tables, strict=True) if name in table)
-        for key, flat in zip((module.key_a, module.key_b), module.store(update), strict=True):
-            stored = first.tensors[key]
-            # Kernels of convolutions follow the first axis of A and the second of B.
-            tail = stored.shape[1:] if key == module.key_a else (flat.shape[1], *stored.shape[2:])
-            tensors[key] = flat.reshape(flat.shape[0], *tail).to(stored.dtype).contiguous()
+        return module, ModuleRecord(name, record, update.rank, error), _stored(module, update, first)
+
+    edited = _in_parallel(edit, names)
+    tensors = {key: tensor for _, _, stored in edited for key, tensor in stored.items()}
     kept = _whole_tensors(adapters, tables, options, base, tensors)
-    settings = settings_for(adapters, {n: (m, u.rank) for n, (m, u, _) in edited.items()})
-    done = tuple(ModuleRecord(n, records[n], u.rank, e) for n, (_, u, e) in edited.items())
-    order = {key: i for i, key in enumerate(key for adapter in adapters for key in adapter.tensors)}
-    return EditedAdapter(settings, dict(sorted(tensors.items(), key=lambda kv: order[kv[0]])), done, kept)
+    records = tuple(record for _, record, _ in edited)
+    settings = settings_for(adapters, {r.name: (module, r.rank) for module, r, _ in edited})
+    return EditedAdapter(
+        settings, dict(sorted(tensors.items(), key=lambda item: order[item[0]])), records, kept
+    )
+
+
+def _stored(module: AdaptedModule, update: LowRankUpdate, first: Adapter) -> dict[str, Tensor]:
+    """Return the two tensors of a module in the form and dtype in which they were stored."""
+    tensors = {}
+    for key, flat in zip((module.key_a, module.key_b), module.store(update), strict=True):
+        stored = first.tensors[key]
+        # Kernels of convolutions follow the first axis of A and the second of B.
+        tail = stored.shape[1:] if key == module.key_a else (flat.shape[1], *stored.shape[2:])
+        tensors[key] = flat.reshape(flat.shape[0], *tail).to(stored.dtype).contiguous()
+    return tensors
+
+
+def _in_parallel(function: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    """Apply a function to each name, one module a thread.
+
+    The matrices are small and many: threads inside one factorisation would wait for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(function, names))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _refuse_strangers(adapters: Sequence[Adapter], tables: Sequence[Mapping[str, AdaptedModule]]) -> None:
@@ -150,8 +174,8 @@ def _ranks(
 ) -> dict[str, int]:
     """Return the rank that each module is stored with; parameters of one module share theirs."""
     wanted = options.rank
-    ranks: dict[str, int] = {}
-    for name in names:
+
+    def rank_of(name: str) -> int:
         _, update = _mean(name, adapters, tables)
         if isinstance(wanted, int):
             if wanted > update.rank:
@@ -159,13 +183,13 @@ def _ranks(
                     f"rank {wanted} is larger than that of module {name}, {update.rank}; ask for less, or "
                     "leave --rank out"
                 )
-            ranks[name] = wanted
-            continue
+            return wanted
         edited, record = edit_factors(update, energy=options.energy, mixing=options.mixing)
         if wanted == "auto":
-            ranks[name] = max((m.k for m in record.matrices), default=1)
-        elif wanted is not None:
-            ranks[name] = rank_for(edited, wanted)
+            return max((m.k for m in record.matrices), default=1)
+        return update.rank if wanted is None else rank_for(edited, wanted)
+
+    ranks = dict(zip(names, _in_parallel(rank_of, names), strict=True))
     largest: dict[str, int] = {}
     for name, rank in ranks.items():
         largest[plain_name(name)] = max(rank, largest.get(plain_name(name), 1))
