@@ -448,3 +448,50 @@ def test_a_failing_merge_leaves_no_folder(tmp_path, monkeypatch):
     assert "no space left" in result.output
     assert list((tmp_path / "cache").iterdir()) == []
     assert not (tmp_path / "out").exists()
+
+
+def _old_mixtral(folder: Path) -> Path:
+    """An adapter as transformers 4 saved it: one pair of factors for each projection of each expert."""
+    sizes = {"w1": (48, 32), "w2": (32, 48), "w3": (48, 32), "q_proj": (32, 32)}
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for layer in range(2):
+        names = {f"block_sparse_moe.experts.{e}.{w}": w for e in range(4) for w in ("w1", "w2", "w3")}
+        for name, kind in (names | {"self_attn.q_proj": "q_proj"}).items():
+            rows, columns = sizes[kind]
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{key}.lora_A.weight"] = 0.1 * torch.randn(4, columns, generator=generator)
+            tensors[f"{key}.lora_B.weight"] = 0.1 * torch.randn(rows, 4, generator=generator)
+    peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "w1", "w2", "w3"]).save_pretrained(
+        str(folder)
+    )
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_adapters_of_older_model_classes_are_converted_by_peft(tmp_path):
+    base = write_base("experts-mixtral", tmp_path / "base", "float32")
+    adapter = _old_mixtral(tmp_path / "adapter")
+    tensors = merged(tmp_path, recipe(base, f"{base}+{adapter}", dtype="float32"))
+    stored = base_model("experts-mixtral").state_dict()
+    factors = load_file(adapter / "adapter_model.safetensors")
+
+    def dw(key: str) -> np.ndarray:
+        b, a = (factors[f"base_model.model.model.layers.{key}.lora_{x}.weight"].double() for x in "BA")
+        return 1.5 * (b @ a).numpy()
+
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        experts = [f"{layer}.block_sparse_moe.experts.{e}" for e in range(4)]
+        updates_by_name = {
+            f"{prefix}.gate_up_proj": np.stack(
+                [np.concatenate([dw(f"{e}.w1"), dw(f"{e}.w3")]) for e in experts]
+            ),
+            f"{prefix}.down_proj": np.stack([dw(f"{e}.w2") for e in experts]),
+            f"model.layers.{layer}.self_attn.q_proj.weight": dw(f"{layer}.self_attn.q_proj"),
+        }
+        for name, update in updates_by_name.items():
+            want = stored[name].double().numpy() + oracle_edit(update)
+            assert np.abs(tensors[name].double().numpy() - want).max() <= 1e-6 * np.abs(want).max(), name
+    result = CliRunner().invoke(main, ["lora", str(adapter), str(tmp_path / "edited")])
+    assert result.exit_code == 0, result.output
