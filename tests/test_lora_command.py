@@ -432,3 +432,62 @@ def test_output_is_not_replaced_unasked(tmp_path):
     assert (out / "adapter_model.safetensors").read_bytes() == before
     edit(source, out, "--overwrite")
     assert (out / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_adapters_of_the_hub_are_found_in_its_cache(tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--someone--adapter"
+    make_adapter("plain", repository / "snapshots" / commit)
+    for name in ("main", "v2"):
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for source in ("someone/adapter", "someone/adapter@v2"):
+        edit(source, tmp_path / source.replace("/", "-"))
+    report = json.loads((tmp_path / "someone-adapter@v2" / "monosoup_edit.json").read_text())
+    assert report["adapters"] == ["someone/adapter@v2"]
+    _refused(Path("someone/other"), tmp_path / "out", "someone/other", "neither a local folder")
+
+
+def test_summary_and_quiet(tmp_path):
+    source = make_adapter("plain", tmp_path / "in")
+    result = edit(source, tmp_path / "out", "--rank", 2)
+    for word in ("9 modules", "effective rank", "lambda_high", "error of the smaller rank", "Wrote"):
+        assert word in result.output
+    assert edit(source, tmp_path / "again", "--quiet").output == ""
+
+
+def test_an_adapter_that_changes_nothing(tmp_path):
+    peft.get_peft_model(base_model("plain"), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "in"
+    )
+    result = edit(tmp_path / "in", tmp_path / "out", "--rank", "auto")
+    assert "3 modules, 3 of them without any update" in result.output
+    assert not any(dw.any() for dw in updates(load_adapter("plain", tmp_path / "out")).values())
+
+
+def test_trained_tokens_are_kept_with_a_warning(tmp_path):
+    source = make_adapter("plain", tmp_path / "in", trainable_token_indices={"embed_tokens": [1, 5]})
+    result = edit(source, tmp_path / "out")
+    assert "trainable_tokens_delta is stored whole" in result.output
+    before = load_file(source / "adapter_model.safetensors")
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    (key,) = [k for k in before if "trainable_tokens" in k]
+    assert torch.equal(before[key], after[key])
+
+
+def test_whole_tensors_of_some_adapters_need_the_base(tmp_path):
+    one = make_adapter("saved-modules", tmp_path / "one", seed=1)
+    two = make_adapter("plain", tmp_path / "two", seed=2)
+    result = run(one, two, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "some of the adapters only; give --base" in result.output
+    assert not (tmp_path / "out").exists()
+    base_model("plain").save_pretrained(tmp_path / "base")
+    edit(one, two, tmp_path / "out", "--base", tmp_path / "base")
+    base, name = base_model("plain").state_dict(), "lm_head.weight"
+    saved = load_file(one / "adapter_model.safetensors")[f"base_model.model.{name}"]
+    want = base[name].double().numpy() + oracle_edit((saved - base[name]) / 2)
+    merged = load_adapter("plain", tmp_path / "out").merge_and_unload().state_dict()
+    assert np.abs(merged[name].double().numpy() - want).max() <= 1e-5 * np.abs(want).max()

@@ -495,3 +495,20 @@ def test_adapters_of_older_model_classes_are_converted_by_peft(tmp_path):
             assert np.abs(tensors[name].double().numpy() - want).max() <= 1e-6 * np.abs(want).max(), name
     result = CliRunner().invoke(main, ["lora", str(adapter), str(tmp_path / "edited")])
     assert result.exit_code == 0, result.output
+
+
+def test_trained_tokens_take_the_merge_and_the_rest_the_factors(tmp_path, caplog):
+    base = write_base("plain", tmp_path / "base")
+    options = {"trainable_token_indices": {"embed_tokens": [1, 5]}}
+    adapter = make_adapter("plain", tmp_path / "adapter", **options)
+    config = recipe(base, f"{base}+{adapter}", parameters={"edit": False})
+    with caplog.at_level(logging.WARNING):
+        tensors = merged(tmp_path, config)
+    (message,) = _warnings(caplog)
+    assert "model.embed_tokens.weight" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(base_model("plain").bfloat16(), adapter).merge_and_unload()
+    name = "model.embed_tokens.weight"
+    assert torch.equal(tensors[name], model.state_dict()[name])
+    assert not torch.equal(tensors[name], base_model("plain").bfloat16().state_dict()[name])

@@ -47,6 +47,7 @@ class _Rank(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--rank",
     type=_Rank(),
+    metavar="[R|auto]",
     help="Write a smaller adapter: of this rank, keeping this share of the energy (0.95), or `auto` for the "
     "split index of each module. Left out: the rank of the input; for several adapters, the sum.",
 )

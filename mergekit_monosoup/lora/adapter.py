@@ -109,7 +109,12 @@ def fetch(source: str) -> Path:
             raise AdapterError(f"adapter {source} is not a folder; name the folder of {CONFIG_NAME}")
         reference = ModelPath.model_validate(source)
         files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, *COMPANIONS]
-        path = Path(snapshot_download(reference.path, revision=reference.revision, allow_patterns=files))
+        try:
+            path = Path(snapshot_download(reference.path, revision=reference.revision, allow_patterns=files))
+        except (OSError, ValueError) as error:
+            raise AdapterError(
+                f"adapter {source} is neither a local folder nor to be had from the Hub: {error}"
+            ) from error
     if not (path / CONFIG_NAME).is_file():
         raise AdapterError(f"adapter {source} has no {CONFIG_NAME}; is it the folder of a PEFT adapter?")
     return path
