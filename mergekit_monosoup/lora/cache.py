@@ -61,7 +61,7 @@ def _prepare(reference: ModelReference, options: MergeOptions) -> None:
         if reason is None:
             return
         LOG.warning("LoRA cache %s %s; merging %s again", place, reason, reference)
-    _check(reference)
+    _check(reference, options.trust_remote_code)
     cache.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".merging-", dir=cache))
     try:
@@ -79,7 +79,7 @@ def _prepare(reference: ModelReference, options: MergeOptions) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check(reference: ModelReference) -> None:
+def _check(reference: ModelReference, trust_remote_code: bool) -> None:
     """Refuse a damaged adapter, or one of another base, which peft would merge in part and in silence."""
     try:
         adapter = read_adapter(str(reference.lora))
@@ -89,7 +89,7 @@ def _check(reference: ModelReference) -> None:
     from mergekit_monosoup.lora import hollow
 
     try:
-        hollow.place(reference, adapter)
+        hollow.place(reference, adapter, trust_remote_code)
     except UnsupportedAdapterError:
         return
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from mergekit.common import ModelPath, ModelReference
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import TensorEntry, TensorMetadata
 from torch import Tensor
 
@@ -119,7 +120,7 @@ def _placed(reference: ModelReference) -> tuple[NameMap, dict[str, Change]] | No
     from mergekit_monosoup.lora.hollow import place
 
     try:
-        return place(reference, read_adapter(str(reference.lora)))
+        return place(reference, read_adapter(str(reference.lora)), LoaderCache().trust_remote_code)
     except UnsupportedAdapterError as error:
         _warn(str(reference), f"its update is taken from the merged weights, rounding included ({error})")
         return None

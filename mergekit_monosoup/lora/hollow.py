@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from mergekit.common import ModelReference, get_auto_cls
-from mergekit.io.tasks import LoaderCache
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora.layer import (
     Conv1d,
@@ -56,14 +55,19 @@ class Change:
     frozen: bool = False
 
 
-def hollow_model(reference: ModelReference, dtype: torch.dtype) -> Any:
+def hollow_model(reference: ModelReference, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """Return the base of a reference as transformers builds it, with parameters that take no memory."""
-    config = reference.config(LoaderCache().trust_remote_code)
-    with torch.device("meta"), no_init_weights():
-        model = get_auto_cls(config.architectures[0]).from_config(
-            config, trust_remote_code=LoaderCache().trust_remote_code
-        )
-    model.tie_weights()
+    config = reference.config(trust_remote_code)
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = get_auto_cls(config.architectures[0]).from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+        model.tie_weights()
+    except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
+        raise UnsupportedAdapterError(
+            f"the model class of {reference.model} cannot be built without weights: {error}"
+        ) from error
     # peft moves an adapter to the device of its base layer: on meta, its values would be lost. One zero
     # with strides of zero has any shape.
     shells: dict[int, nn.Parameter] = {}
@@ -99,7 +103,9 @@ class NameMap:
         return renamed if converter is None and renamed in self._state else None
 
 
-def place(reference: ModelReference, adapter: Adapter) -> tuple[NameMap, dict[str, Change]]:
+def place(
+    reference: ModelReference, adapter: Adapter, trust_remote_code: bool = False
+) -> tuple[NameMap, dict[str, Change]]:
     """Let peft place an adapter on its base; return what it does, by the names of the model's tensors.
 
     Raises:
@@ -109,7 +115,7 @@ def place(reference: ModelReference, adapter: Adapter) -> tuple[NameMap, dict[st
     if adapter.config.layer_replication:
         raise UnsupportedAdapterError(f"adapter {adapter.source} replicates layers (layer_replication)")
     dtypes = {t.dtype for t in adapter.tensors.values() if t.is_floating_point()}
-    model = hollow_model(reference, reduce(torch.promote_types, dtypes, torch.bfloat16))
+    model = hollow_model(reference, reduce(torch.promote_types, dtypes, torch.bfloat16), trust_remote_code)
     names = NameMap(model)
     # Tied tensors are one parameter under several names. Held here, so that no id is given out again.
     shells = dict(model.named_parameters(remove_duplicate=False))
