@@ -13,6 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 import yaml
 from adapters import KINDS, base_model, fill, load_adapter, make_adapter, updates
 from click.testing import CliRunner, Result
@@ -27,8 +28,28 @@ from safetensors.torch import load_file, save_file
 from mergekit_monosoup.cli import main
 from mergekit_monosoup.lora import exact
 from mergekit_monosoup.lora.cache import MARKER
+from mergekit_monosoup.lora.hollow import NameMap
 
 SPACING = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
+
+
+def test_names_of_older_checkpoints_are_found():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = sizes | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96}
+    vision = sizes | {"image_size": 28, "patch_size": 14}
+    gemma = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    mixtral = transformers.MixtralConfig(**text, num_local_experts=4)
+    with torch.device("meta"):
+        seeing = NameMap(transformers.Gemma3ForConditionalGeneration(gemma))
+        experts = NameMap(transformers.MixtralForCausalLM(mixtral))
+    new = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert seeing.resolve(new) == new
+    assert seeing.resolve("language_model.model.layers.0.self_attn.q_proj.weight") == new
+    assert seeing.resolve("language_model.model.layers.7.self_attn.q_proj.weight") is None
+    gate = "model.layers.0.mlp.gate.weight"
+    assert experts.resolve("model.layers.0.block_sparse_moe.gate.weight") == gate
+    # One expert of a stack is no tensor of the model.
+    assert experts.resolve("model.layers.0.block_sparse_moe.experts.1.w1.weight") is None
 
 
 @pytest.fixture(autouse=True)
