@@ -18,6 +18,7 @@ from mergekit.options import MergeOptions
 from mergekit_monosoup.architecture import fitting_architecture
 from mergekit_monosoup.card import write_card
 from mergekit_monosoup.errors import ConfigurationError
+from mergekit_monosoup.lora.cache import prepare_lora_cache
 from mergekit_monosoup.methods.dequantised import has_scales
 from mergekit_monosoup.methods.quantized import config_written_here
 
@@ -47,6 +48,7 @@ def merge_to_folder(recipe: str, out_path: Path, options: MergeOptions, *, overw
         )
     config = MergeConfiguration.model_validate(parsed)
     with _staged(out_path, overwrite) as staging:
+        prepare_lora_cache(config, options)
         # mergekit's card step asks the Hub about local paths of the form a/b; ours does not.
         with fitting_architecture(config, options), config_written_here():
             run_merge(

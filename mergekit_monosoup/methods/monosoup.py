@@ -21,8 +21,9 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from mergekit_monosoup.errors import NonFiniteError
+from mergekit_monosoup.methods.adapters import AdapterInputs
 from mergekit_monosoup.methods.inputs import GroupInputs, validate_recipe
-from mergekit_monosoup.methods.outcomes import Outcome, tell
+from mergekit_monosoup.methods.outcomes import MergedWeight, Outcome, below, tell
 from mergekit_monosoup.methods.parameters import choice, flag, number, optional_number
 from mergekit_monosoup.spectral.edit import EditOptions, EditRecord, MatrixRecord, edit_weight
 from mergekit_monosoup.spectral.matrix import Layout, MatrixView, choose_view
@@ -86,6 +87,13 @@ _SPEC = MergeMethodSpec(
             description="how the spectrum is computed: auto, gram or svd",
         ),
         ParameterSpec(
+            "exact_lora",
+            flag("exact_lora"),
+            ParameterScope.SHARED,
+            default=True,
+            description="true: updates of base+lora come from the factors; false: from the merged weights",
+        ),
+        ParameterSpec(
             "weight",
             number("weight", "a finite number >= 0", lambda x: x >= 0),
             ParameterScope.NON_BASE,
@@ -124,6 +132,7 @@ class MonoSoup(GroupMergeMethod):
         energy: float | None,
         mixing: Mixing,
         spectrum: Backend,
+        exact_lora: bool,
         weight: PerInputValues[float],
         **unknown: Any,
     ) -> Tensor:
@@ -134,29 +143,26 @@ class MonoSoup(GroupMergeMethod):
             ParameterError: all weights of the average are zero.
         """
         inputs = GroupInputs.of(group)
-        name, shape = group.metadata.name, tuple(inputs.stored_base.shape)
+        name = group.metadata.name
         if is_running_statistic(name):
             # Statistics describe the data seen in training; a share of them describes nothing.
             alpha = 1.0
         weights = weight.values_for(group.non_base)
         options = EditOptions(energy, mixing, alpha, spectrum)
-        view = choose_view(shape, name, matrix)
-        record: EditRecord | None = None
-        if not view.decomposes or not edit:
+        view = choose_view(tuple(inputs.stored_base.shape), name, matrix)
+        adapters = AdapterInputs.of(inputs) if exact_lora else None
+        if adapters is not None:
+            merged = adapters.merged(weights, options, view, edit, min_relative_update)
+        elif not view.decomposes or not edit:
             reason = "edit: false" if view.decomposes else "not a matrix"
-            result = _unedited(inputs, weights, alpha)
+            merged = _unedited(inputs, weights, alpha, reason)
         elif view.shape[0] == 1 or min_relative_update == 0:
-            reason = f"relative update below {min_relative_update:g}"
-            result, record = _edited(inputs, weights, options, view, min_relative_update)
+            merged = _edited(inputs, weights, options, view, min_relative_update)
         else:
             # Each matrix of a stack for itself, as if it had a tensor of its own.
-            reason = f"relative updates below {min_relative_update:g}"
-            result, record = _edited_one_by_one(inputs, weights, options, view, min_relative_update)
-        if record is not None:
-            tell(Outcome(name or "", "edited", edit=record))
-        else:
-            tell(Outcome(name or "", "kept" if len(weights) == 1 else "averaged", reason))
-        return result
+            merged = _edited_one_by_one(inputs, weights, options, view, min_relative_update)
+        tell(Outcome(name or "", merged.action, merged.reason, merged.edit))
+        return merged.weight
 
 
 def is_running_statistic(name: str | None) -> bool:
@@ -166,10 +172,10 @@ def is_running_statistic(name: str | None) -> bool:
 
 def _edited(
     inputs: GroupInputs, weights: Sequence[float], options: EditOptions, view: MatrixView, threshold: float
-) -> tuple[Tensor, EditRecord | None]:
-    """Return the edited weight and its record, or the unedited one and None below the threshold."""
+) -> MergedWeight:
+    """Edit a weight, or leave it unedited where its update is below the threshold."""
     if _is_small(inputs, weights, threshold):
-        return _unedited(inputs, weights, options.alpha), None
+        return _unedited(inputs, weights, options.alpha, below(threshold))
     try:
         result, record = edit_weight(
             inputs.stored_base, inputs.stored_tuned, inputs.shares(weights), options, view
@@ -177,12 +183,12 @@ def _edited(
     except NonFiniteError:
         inputs.require_finite()
         raise inputs.overflow() from None
-    return inputs.checked(result), record
+    return MergedWeight(inputs.checked(result), "edited", edit=record)
 
 
 def _edited_one_by_one(
     inputs: GroupInputs, weights: Sequence[float], options: EditOptions, view: MatrixView, threshold: float
-) -> tuple[Tensor, EditRecord | None]:
+) -> MergedWeight:
     """Like `_edited` for each matrix of a stack; the record has those that were edited."""
     out = torch.empty_like(
         inputs.stored_base, dtype=inputs.output_dtype, memory_format=torch.contiguous_format
@@ -196,18 +202,21 @@ def _edited_one_by_one(
             for entry, stack in zip(inputs.group.entries, stacks, strict=True)
         )
         part = replace(inputs, group=replace(inputs.group, entries=entries))
-        edited, record = _edited(part, weights, options, single, threshold)
-        result.copy_(edited)
-        records += record.matrices if record is not None else ()
-    return out, EditRecord(tuple(records), view.kind) if records else None
+        merged = _edited(part, weights, options, single, threshold)
+        result.copy_(merged.weight)
+        records += merged.edit.matrices if merged.edit is not None else ()
+    if records:
+        return MergedWeight(out, "edited", edit=EditRecord(tuple(records), view.kind))
+    return MergedWeight(out, "kept" if len(weights) == 1 else "averaged", below(threshold))
 
 
-def _unedited(inputs: GroupInputs, weights: Sequence[float], alpha: float) -> Tensor:
-    if alpha == 1 and len(weights) == 1:
+def _unedited(inputs: GroupInputs, weights: Sequence[float], alpha: float, reason: str) -> MergedWeight:
+    if len(weights) == 1 and alpha == 1:
         # W0 + (W1 - W0) would round where the two differ by orders of magnitude.
         inputs.require_finite()
-        return inputs.sole_finetuned
-    return inputs.add_to_base(inputs.mean_update(weights), alpha)
+        return MergedWeight(inputs.sole_finetuned, "kept", reason)
+    result = inputs.add_to_base(inputs.mean_update(weights), alpha)
+    return MergedWeight(result, "kept" if len(weights) == 1 else "averaged", reason)
 
 
 def _is_small(inputs: GroupInputs, weights: Sequence[float], threshold: float) -> bool:

@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from mergekit_monosoup.spectral.edit import EditRecord
 
 Action = Literal["edited", "averaged", "kept", "copied", "left out"]
@@ -21,6 +23,21 @@ class Outcome:
     action: Action
     reason: str = ""
     edit: EditRecord | None = None
+
+
+@dataclass(frozen=True)
+class MergedWeight:
+    """The weight that a method has made of a group, what it has done, and why; `edit` for edited ones."""
+
+    weight: Tensor
+    action: Action
+    reason: str = ""
+    edit: EditRecord | None = None
+
+
+def below(threshold: float) -> str:
+    """Return the reason for leaving an update as it is that `min_relative_update` gives."""
+    return f"relative update below {threshold:g}"
 
 
 _listener: ContextVar[list[Outcome] | None] = ContextVar("_listener", default=None)
