@@ -16,6 +16,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_monosoup.card import write_card
 from mergekit_monosoup.errors import ConfigurationError
+from mergekit_monosoup.methods.sfgs import recorded_decisions
 
 LOG = logging.getLogger(__name__)
 
@@ -44,9 +45,11 @@ def merge_to_folder(recipe: str, out_path: Path, options: MergeOptions, *, overw
     config = MergeConfiguration.model_validate(parsed)
     with _staged(out_path, overwrite) as staging:
         # mergekit's card step asks the Hub about local paths of the form a/b; ours does not.
-        run_merge(config, str(staging), options.model_copy(update={"write_model_card": False}))
+        with recorded_decisions() as decisions:
+            run_merge(config, str(staging), options.model_copy(update={"write_model_card": False}))
         if options.write_model_card:
-            write_card(recipe, staging, name=out_path.resolve().name)
+            notes = [decision.sentence() for decision in decisions]
+            write_card(recipe, staging, name=out_path.resolve().name, notes=notes)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def inner_products(base: Tensor, finetuned: Sequence[Tensor], *, rows: int = 1) 
         )
     count = len(finetuned)
     if base.numel() == 0:
-        zero = torch.zeros(rows, count, count, dtype=torch.float64)
+        zero = torch.zeros(rows, count, count, dtype=torch.float64, device="cpu")
         return InnerProducts(zero, zero)
     updates = _Updates(base, finetuned, rows)
     exponents = updates.exponents()
@@ -91,7 +91,7 @@ class _Updates:
 
     def exponents(self) -> Tensor:
         """Return e with 2^(e-1) <= max|dW_i| < 2^e for each row and update, int64 `[rows, N]`."""
-        peaks = torch.zeros(len(self.base), len(self.finetuned), dtype=self.dtype)
+        peaks = torch.zeros(len(self.base), len(self.finetuned), dtype=self.dtype, device="cpu")
         for rows, updates in self.blocks():
             peak = torch.linalg.vector_norm(updates, math.inf, dim=-1).T.cpu()
             peaks[rows] = torch.maximum(peaks[rows], peak)
@@ -105,7 +105,7 @@ class _Updates:
     def products(self, exponents: Tensor) -> Tensor:
         """Return the inner products of the updates times 2^-e, float64 `[rows, N, N]`."""
         device = self.base.device
-        scales = _shifted(torch.ones(exponents.shape, dtype=torch.float64), -exponents)
+        scales = _shifted(torch.ones_like(exponents, dtype=torch.float64), -exponents)
         scales = scales.to(self.dtype).to(device)
         count = len(self.finetuned)
         # Apple's GPUs know no float64.

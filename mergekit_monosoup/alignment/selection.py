@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 Layers = Literal["matrices", "all"]
@@ -63,7 +62,7 @@ def select_soup(products: Tensor, threshold: float, order: Sequence[int]) -> Sel
 
 def soup_cosines(products: Tensor, candidate: int, soup: Sequence[int]) -> Tensor:
     """Return cos(dW_candidate, dW_soup) for the tensors where neither update is zero."""
-    members = torch.tensor(list(soup))
+    members = list(soup)
     own = products[:, candidate, candidate]
     cross = products[:, candidate, members].sum(-1)
     within = products[:, members][:, :, members]

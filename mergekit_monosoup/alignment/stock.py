@@ -27,7 +27,7 @@ def model_stock_ratio(cosines: Tensor, *, angle: Angle = "mean_angle", bounded: 
         t, float64 `[...]`.
     """
     count = cosines.shape[-1]
-    first, second = torch.triu_indices(count, count, offset=1).unbind()
+    first, second = torch.triu_indices(count, count, offset=1, device=cosines.device).unbind()
     pairs = cosines[..., first, second]
     c = pairs.clamp(-1, 1).acos().mean(-1).cos() if angle == "mean_angle" else pairs.mean(-1)
     if bounded:
