@@ -13,6 +13,7 @@ from checkpoints import (
     build_model,
     build_tokenizer,
     copy_with_tensors,
+    edit_config,
     load_tensors,
     write_adapter,
     write_checkpoint,
