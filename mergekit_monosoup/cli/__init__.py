@@ -9,6 +9,7 @@ import click
 # name -> (one line of help, shown without importing the command's file)
 _COMMANDS = {
     "merge": "Run a merge recipe: mergekit-yaml with our methods and checks.",
+    "align": "Show how the updates of several checkpoints lie to each other.",
     "methods": "List the merge methods of this package and their parameters.",
     "doctor": "Say which ways of using this package work here, and why one does not.",
 }
