@@ -13,7 +13,7 @@ from mergekit_monosoup.errors import NonFiniteError, ShapeMismatchError
 
 # Entries of one update that are worked on at a time: bounds the memory, and keeps each sum of
 # products in the working precision short. The sums of the blocks are added in float64.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 
 # Largest power of two, either way, by which the working dtypes can be scaled without overflow.
 _LARGEST_SHIFT = {torch.float32: 126, torch.float64: 1022}
@@ -55,9 +55,9 @@ def inner_products(base: Tensor, finetuned: Sequence[Tensor], *, rows: int = 1) 
     if base.numel() == 0:
         zero = torch.zeros(rows, count, count, dtype=torch.float64, device="cpu")
         return InnerProducts(zero, zero)
-    updates = _Updates(base, finetuned, rows)
-    exponents = updates.exponents()
-    products = updates.products(exponents)
+    products, exponents = Updates(base, finetuned, rows).products()
+    if not bool(products.isfinite().all()):
+        raise NonFiniteError("an update holds NaN or infinity, or overflows its dtype")
     norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
     scale = norms[:, :, None] * norms[:, None, :]
     cosines = torch.where(scale > 0, products / scale, torch.zeros_like(products)).clamp(-1, 1)
@@ -66,7 +66,7 @@ def inner_products(base: Tensor, finetuned: Sequence[Tensor], *, rows: int = 1) 
     return InnerProducts(_shifted(products, below[:, :, None] + below[:, None, :]), cosines)
 
 
-class _Updates:
+class Updates:
     """The updates of one tensor, formed block by block and never as a whole."""
 
     def __init__(self, base: Tensor, finetuned: Sequence[Tensor], rows: int) -> None:
@@ -74,9 +74,11 @@ class _Updates:
         self.base, self.finetuned = tensors[0], tensors[1:]
         double = any(tensor.dtype == torch.float64 for tensor in tensors)
         self.dtype = torch.float64 if double else torch.float32
+        # Where sums are kept: Apple's GPUs know no float64.
+        self.home = torch.device("cpu") if base.device.type == "mps" else base.device
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the updates of each block, `[N, rows, columns]`, with the block's rows."""
+    def blocks(self) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
+        """Yield each block with its part of W0, `[rows, columns]`, and its updates, `[N, rows, columns]`."""
         rows, columns = self.base.shape
         wide = min(columns, _BLOCK)
         tall = max(1, _BLOCK // wide)
@@ -87,37 +89,42 @@ class _Updates:
                 updates = start.new_empty(len(self.finetuned), *start.shape)
                 for tensor, update in zip(self.finetuned, updates, strict=True):
                     torch.sub(tensor[block].to(self.dtype), start, out=update)
-                yield block[0], updates
+                yield block, start, updates
 
-    def exponents(self) -> Tensor:
-        """Return e with 2^(e-1) <= max|dW_i| < 2^e for each row and update, int64 `[rows, N]`."""
-        peaks = torch.zeros(len(self.base), len(self.finetuned), dtype=self.dtype, device="cpu")
-        for rows, updates in self.blocks():
-            peak = torch.linalg.vector_norm(updates, math.inf, dim=-1).T.cpu()
-            peaks[rows] = torch.maximum(peaks[rows], peak)
-        if not bool(peaks.isfinite().all()):
-            raise NonFiniteError("an update holds NaN or infinity, or overflows its dtype")
+    def products(self) -> tuple[Tensor, Tensor]:
+        """Return <dW_i, dW_j> 2^-(e_i + e_j), float64 `[rows, N, N]`, and e, int64 `[rows, N]`.
+
+        For float32, e is 0: each block is scaled by itself, and float64 has room for any sum. For
+        float64, e comes from a pass of its own.
+        """
+        count, rows = len(self.finetuned), len(self.base)
+        exponents = torch.zeros(rows, count, dtype=torch.int64, device=self.home)
+        if self.dtype == torch.float64:
+            exponents -= _LARGEST_SHIFT[self.dtype]
+            for (block, _), _, updates in self.blocks():
+                exponents[block] = torch.maximum(exponents[block], self._exponents(updates))
+        total = torch.zeros(rows, count, count, dtype=torch.float64, device=self.home)
+        for (block, _), _, updates in self.blocks():
+            own = self._exponents(updates)
+            scales = _shifted(torch.ones_like(own, dtype=torch.float64), -own)
+            updates *= scales.T[:, :, None].to(self.dtype).to(updates.device)
+            found = torch.zeros_like(total[block])
+            for i in range(count):
+                # Not a matrix product: it may run in TF32 or bfloat16 by a global setting.
+                row = (updates[i] * updates[i:]).sum(dim=-1).T.to(self.home).double()
+                found[:, i, i:] = row
+                found[:, i:, i] = row
+            above = own - exponents[block]
+            total[block] += _shifted(found, above[:, :, None] + above[:, None, :])
+        return total.cpu(), exponents.cpu()
+
+    def _exponents(self, updates: Tensor) -> Tensor:
+        """Return e with 2^(e-1) <= max|dW_i| < 2^e, int64 `[rows, N]`, as far as it can be shifted by."""
+        peaks = torch.linalg.vector_norm(updates, math.inf, dim=-1).T.to(self.home)
         limit = _LARGEST_SHIFT[self.dtype]
         # A zero update must not decide on the scale of its row.
         exponents = torch.where(peaks > 0, torch.frexp(peaks).exponent, -limit)
         return exponents.long().clamp(-limit, limit)
-
-    def products(self, exponents: Tensor) -> Tensor:
-        """Return the inner products of the updates times 2^-e, float64 `[rows, N, N]`."""
-        device = self.base.device
-        scales = _shifted(torch.ones_like(exponents, dtype=torch.float64), -exponents)
-        scales = scales.to(self.dtype).to(device)
-        count = len(self.finetuned)
-        # Apple's GPUs know no float64.
-        home = torch.device("cpu") if device.type == "mps" else device
-        total = torch.zeros(count, count, len(self.base), dtype=torch.float64, device=home)
-        for rows, updates in self.blocks():
-            updates *= scales[rows].T[:, :, None]
-            for i in range(count):
-                # Not a matrix product: it may run in TF32 or bfloat16 by a global setting.
-                total[i, i:, rows] += (updates[i] * updates[i:]).sum(dim=-1).to(home).double()
-        total = total.permute(2, 0, 1).cpu()
-        return torch.triu(total) + torch.triu(total, diagonal=1).transpose(-2, -1)
 
 
 def _shifted(values: Tensor, exponents: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
+from mergekit_monosoup.alignment.average import towards_average
 from mergekit_monosoup.alignment.inner import inner_products
 from mergekit_monosoup.alignment.stock import Angle, model_stock_ratio
 from mergekit_monosoup.errors import ConfigurationError, NonFiniteError
@@ -90,30 +91,28 @@ class ModelStock(GroupMergeMethod):
             InputError: shapes differ, or a tensor holds NaN, infinity or integers.
         """
         inputs = GroupInputs.of(group)
-        base: Tensor = group.base.tensor
-        finetuned = [entry.tensor for entry in group.non_base]
+        base, finetuned = inputs.stored_base, inputs.stored_tuned
         if len(finetuned) < 2:
             LOG.warning(
-                "tensor %s: only %s has it besides the base, so there is no angle to measure; it keeps "
+                "%s: only %s has it besides the base, so there is no angle to measure; it keeps "
                 "the base's value",
-                group.metadata.name,
+                inputs.label,
                 group.non_base[0].id,
             )
             return base
         shape = tuple(base.shape)
+        rows = 1
         if filter_wise and is_matrix_like(shape):
             matrices, rows, _ = matrix_view(base).shape
             rows *= matrices
-        else:
-            rows = 1
         try:
             cosines = inner_products(base, finetuned, rows=rows).cosines
-        except NonFiniteError as error:
-            raise NonFiniteError(f"tensor {group.metadata.name}: {error}") from error
-        t = model_stock_ratio(cosines, angle=angle, bounded=bounded)
-        dw = inputs.mean_update([1.0] * len(finetuned))
-        dw = dw.reshape(rows, -1).mul_(t.to(dw.dtype).to(dw.device)[:, None])
-        return inputs.add_to_base(dw.reshape(shape), 1.0)
+            t = model_stock_ratio(cosines, angle=angle, bounded=bounded)
+            result = towards_average(base, finetuned, t)
+        except NonFiniteError:
+            inputs.require_finite()
+            raise inputs.overflow() from None
+        return inputs.checked(result)
 
 
 MODEL_STOCK = ModelStock()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mergekit.common import ModelReference
+import torch
 from mergekit.merge_methods.base import (
     BasePolicy,
     GroupMergeMethod,
@@ -24,13 +24,14 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
+from mergekit_monosoup.alignment.average import towards_average
 from mergekit_monosoup.alignment.selection import (
     DEFAULT_THRESHOLD,
     Layers,
     considered_in_order,
     select_soup,
 )
-from mergekit_monosoup.errors import ConfigurationError, ParameterError
+from mergekit_monosoup.errors import ConfigurationError, NonFiniteError, ParameterError
 from mergekit_monosoup.methods.inputs import GroupInputs, is_whole_recipe, validate_recipe
 from mergekit_monosoup.methods.merge_plan import (
     PLAN,
@@ -182,14 +183,20 @@ class SimilarityFilteredGreedySoup(GroupMergeMethod):
 
         taken = self._decide(group, parameters, read_checkpoints).taken
         entries = [entry for entry in group.non_base if entry.id in taken]
-        if not entries:
-            base: Tensor = group.base.tensor
-            return base
         inputs = GroupInputs.of(TensorGroup((group.base, *entries), group.metadata))
+        if not entries:
+            return inputs.stored_base
         if len(entries) == 1:
             # W0 + (W1 - W0) would round where the two differ by orders of magnitude.
+            inputs.require_finite()
             return inputs.sole_finetuned
-        return inputs.add_to_base(inputs.mean_update([1.0] * len(entries)), 1.0)
+        whole = torch.ones(1, device="cpu")
+        try:
+            result = towards_average(inputs.stored_base, inputs.stored_tuned, whole)
+        except NonFiniteError:
+            inputs.require_finite()
+            raise inputs.overflow() from None
+        return inputs.checked(result)
 
     def _decide(
         self, group: TensorGroup, parameters: dict[str, Any], measure: Callable[[], Alignment]
@@ -254,7 +261,7 @@ def _decision(
 
 
 def _label(model: Any) -> str:
-    return str(model) if isinstance(model, (str, ModelReference)) else f"input {model}"
+    return f"input {model}" if isinstance(model, int) else str(model)
 
 
 def _align_groups(groups: Sequence[TensorGroup], layers: Layers) -> Alignment:

@@ -7,16 +7,17 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from mergekit.common import ModelReference
-from mergekit.io.tasks import LoaderCache
 from torch import Tensor
 
 from mergekit_monosoup.alignment.inner import inner_products
 from mergekit_monosoup.alignment.selection import Layers
 from mergekit_monosoup.errors import MissingTensorError, NonFiniteError
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
 
 # A checkpoint: the names of its tensors, and a function that loads one.
 Stored = tuple[Sequence[str], Callable[[str], Tensor]]
@@ -52,6 +53,9 @@ def loader_for(model: ModelReference) -> Loader:
     repositories. Both caches are filled before the first tensor is merged, so that a worker thread
     finds the loader there: the options of `LoaderCache` are known to the main thread only.
     """
+    # Imported here: it brings transformers, which a mere registration must not.
+    from mergekit.io.tasks import LoaderCache
+
     path = model.model.path
     loader: Loader
     if os.path.isfile(path):
