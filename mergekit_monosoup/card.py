@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ from mergekit.config import MergeConfiguration
 _MODEL_KEYS = frozenset({"model", "base_model", "lora", "path"})
 
 
-def write_card(recipe: str, folder: Path, name: str) -> None:
+def write_card(recipe: str, folder: Path, name: str, notes: Sequence[str] = ()) -> None:
     """Write `README.md` and `mergekit_config.yml`, as mergekit does, into `folder`.
 
     Args:
         recipe: the YAML text, stored as it is.
         folder: where the merged model lies.
         name: title of the card.
+        notes: paragraphs to add at its end.
     """
     config = MergeConfiguration.model_validate(_with_explicit_paths(yaml.safe_load(recipe)))
-    (folder / "README.md").write_text(generate_card(config, recipe, name), "utf-8")
+    card = "\n\n".join([generate_card(config, recipe, name).rstrip(), *notes])
+    (folder / "README.md").write_text(card + "\n", "utf-8")
     (folder / "mergekit_config.yml").write_text(recipe, "utf-8")
 
 

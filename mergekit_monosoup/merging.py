@@ -21,6 +21,7 @@ from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.lora.cache import prepare_lora_cache
 from mergekit_monosoup.methods.dequantised import has_scales
 from mergekit_monosoup.methods.quantized import config_written_here
+from mergekit_monosoup.methods.sfgs import recorded_decisions
 
 LOG = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def merge_to_folder(recipe: str, out_path: Path, options: MergeOptions, *, overw
     with _staged(out_path, overwrite) as staging:
         prepare_lora_cache(config, options)
         # mergekit's card step asks the Hub about local paths of the form a/b; ours does not.
-        with fitting_architecture(config, options), config_written_here():
+        with fitting_architecture(config, options), config_written_here(), recorded_decisions() as decisions:
             run_merge(
                 _with_common_dtype(config),
                 str(staging),
@@ -58,7 +59,8 @@ def merge_to_folder(recipe: str, out_path: Path, options: MergeOptions, *, overw
             )
         _drop_quantization_config(staging / "config.json")
         if options.write_model_card:
-            write_card(recipe, staging, name=out_path.resolve().name)
+            notes = [decision.sentence() for decision in decisions]
+            write_card(recipe, staging, name=out_path.resolve().name, notes=notes)
 
 
 def _with_common_dtype(config: MergeConfiguration) -> MergeConfiguration:

@@ -132,8 +132,8 @@ def test_commands_exist():
                 pass
             case _:
                 pytest.fail(f"no check for {words}")
-    named = set(re.findall(r"mergekit-monosoup (merge|doctor|methods)\b", README))
-    assert named == {"merge", "doctor", "methods"}
+    named = set(re.findall(r"mergekit-monosoup\s(\w+)\b", README))
+    assert named == {"merge", "doctor", "methods", "align", "greedy"}
     for name in named:
         assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
 

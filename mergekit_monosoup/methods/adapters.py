@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from torch import Tensor
 
 from mergekit_monosoup.lora.factors import LowRankUpdate, edit_factors, mean_of
 from mergekit_monosoup.methods.inputs import GroupInputs
 from mergekit_monosoup.methods.outcomes import Action, MergedWeight, below
+from mergekit_monosoup.methods.parameters import flag
 from mergekit_monosoup.spectral.edit import EditOptions, edit_update
 from mergekit_monosoup.spectral.matrix import MatrixView
 
 if TYPE_CHECKING:
     from mergekit_monosoup.lora.exact import ExactUpdate
+
+
+EXACT_LORA = ParameterSpec(
+    "exact_lora",
+    flag("exact_lora"),
+    ParameterScope.SHARED,
+    default=True,
+    description="true: the update of base+lora is taken from the factors, not from the merge",
+)
 
 
 class AdapterInputs:
@@ -73,6 +85,14 @@ class AdapterInputs:
             return parts[0][0]
         return mean_of([part for part, _ in parts], [share for _, share in parts]) if parts else None
 
+    def as_checkpoints(self) -> GroupInputs:
+        """Return the group with W0 + dW in the dtype of the computation for every input, W0 alike."""
+        base = self._inputs.base
+        group = self._inputs.group
+        tuned = iter([base + self.update(index) for index in range(len(group.non_base))])
+        entries = tuple(replace(e, tensor=base if e.is_base else next(tuned)) for e in group.entries)
+        return replace(self._inputs, group=replace(group, entries=entries))
+
     @property
     def untouched(self) -> bool:
         """Whether adapters are the only inputs, and none of them changes this tensor."""
@@ -118,3 +138,13 @@ class AdapterInputs:
                 view=view,
             )
         return MergedWeight(inputs.add_to_base(dw, options.alpha), "edited", edit=record)
+
+
+def with_exact_weights(inputs: GroupInputs) -> GroupInputs:
+    """Return a group with W0 + dW, unrounded, for the inputs that are adapters on its base.
+
+    Raises:
+        AdapterError: as `AdapterInputs.of`.
+    """
+    adapters = AdapterInputs.of(inputs)
+    return inputs if adapters is None else adapters.as_checkpoints()

@@ -42,7 +42,7 @@ def validate_recipe(
             f"merge method {method!r} needs the checkpoint that the fine-tuning started from; "
             "add it as `base_model:`"
         )
-    whole_recipe = group_name is None or group_name.endswith("]")
+    whole_recipe = is_whole_recipe(group_name)
     if base_id not in input_ids:
         if whole_recipe:
             raise MissingBaseError(
@@ -68,6 +68,11 @@ def validate_recipe(
         for input_id in input_ids:
             if isinstance(input_id, ModelReference):
                 refuse_quantized_checkpoint(input_id, is_base=input_id == base_id)
+
+
+def is_whole_recipe(group_name: str | None) -> bool:
+    """Say whether mergekit validates the recipe (or one of its slices) and not one tensor."""
+    return group_name is None or group_name.endswith("]")
 
 
 @dataclass(frozen=True)

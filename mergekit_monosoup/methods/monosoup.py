@@ -21,7 +21,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from mergekit_monosoup.errors import NonFiniteError
-from mergekit_monosoup.methods.adapters import AdapterInputs
+from mergekit_monosoup.methods.adapters import EXACT_LORA, AdapterInputs
 from mergekit_monosoup.methods.inputs import GroupInputs, validate_recipe
 from mergekit_monosoup.methods.outcomes import MergedWeight, Outcome, below, tell
 from mergekit_monosoup.methods.parameters import choice, flag, number, optional_number
@@ -86,13 +86,7 @@ _SPEC = MergeMethodSpec(
             default="auto",
             description="how the spectrum is computed: auto, gram or svd",
         ),
-        ParameterSpec(
-            "exact_lora",
-            flag("exact_lora"),
-            ParameterScope.SHARED,
-            default=True,
-            description="true: updates of base+lora come from the factors; false: from the merged weights",
-        ),
+        EXACT_LORA,
         ParameterSpec(
             "weight",
             number("weight", "a finite number >= 0", lambda x: x >= 0),
