@@ -103,6 +103,7 @@ class EditOptions:
     spectrum: Backend = "auto"
 
 
+@torch.no_grad()
 def edit_weight(
     base: Tensor,
     tuned: Sequence[Tensor],
@@ -141,6 +142,7 @@ def edit_weight(
     return out, EditRecord(tuple(r for r in records if r is not None), view.kind)
 
 
+@torch.no_grad()
 def edit_update(
     dw: Tensor,
     *,
