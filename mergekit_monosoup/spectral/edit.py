@@ -11,6 +11,12 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.errors import ShapeMismatchError
+from mergekit_monosoup.spectral.batch import (
+    LARGEST_SMALL_SIDE,
+    BatchedSpectra,
+    batches,
+    stacked_update,
+)
 from mergekit_monosoup.spectral.matrix import MatrixView, ViewKind, choose_view
 from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
 from mergekit_monosoup.spectral.spectrum import Backend, decompose
@@ -134,11 +140,7 @@ def edit_weight(
     """
     view = _required_view(base, view)
     out = torch.empty_like(base, memory_format=torch.contiguous_format)
-    stacks = [view.of(t) for t in tuned]
-    records = []
-    for index, (w0, result) in enumerate(zip(view.of(base), view.of(out), strict=True)):
-        update = MatrixUpdate(w0, [stack[index] for stack in stacks], weights)
-        records.append(_edit_matrix(update, result, options))
+    records = _edit_stack(view.of(base), [view.of(t) for t in tuned], weights, view.of(out), options)
     return out, EditRecord(tuple(r for r in records if r is not None), view.kind)
 
 
@@ -175,10 +177,7 @@ def edit_update(
     dtype = torch.float64 if dw.dtype == torch.float64 else torch.float32
     out = torch.empty(dw.shape, dtype=dtype, device=dw.device)
     options = EditOptions(energy, mixing, spectrum=spectrum)
-    records = [
-        _edit_matrix(MatrixUpdate(None, [matrix]), result, options)
-        for matrix, result in zip(view.of(dw), view.of(out), strict=True)
-    ]
+    records = _edit_stack(None, [view.of(dw)], (1.0,), view.of(out), options)
     return out, EditRecord(tuple(r for r in records if r is not None), view.kind)
 
 
@@ -190,6 +189,56 @@ def _required_view(tensor: Tensor, view: MatrixView | None) -> MatrixView:
             "two axes or without entries unedited"
         )
     return view
+
+
+def _edit_stack(
+    base: Tensor | None, tuned: Sequence[Tensor], weights: Sequence[float], out: Tensor, options: EditOptions
+) -> list[MatrixRecord | None]:
+    """Edit a stack `[matrices, rows, columns]` into `out`: small matrices in batches, others in turn."""
+    batched = (
+        len(out) > 1
+        and min(out.shape[1:]) <= LARGEST_SMALL_SIDE
+        and options.spectrum != "svd"
+        and all(t.dtype != torch.float64 for t in tuned)
+    )
+    if batched:
+        records: list[MatrixRecord | None] = []
+        for part in batches((out.shape[0], out.shape[1], out.shape[2]), out.device):
+            w0 = None if base is None else base[part]
+            records += _edit_batch(w0, [t[part] for t in tuned], weights, out[part], options)
+        return records
+    return [
+        _edit_matrix(
+            MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights), out[i], options
+        )
+        for i in range(len(out))
+    ]
+
+
+def _edit_batch(
+    base: Tensor | None, tuned: Sequence[Tensor], weights: Sequence[float], out: Tensor, options: EditOptions
+) -> list[MatrixRecord | None]:
+    delta = stacked_update(base, tuned, weights)
+    spectra = BatchedSpectra(delta)
+    rank = min(out.shape[1:])
+    factors = torch.ones(len(out), rank, dtype=torch.float64)
+    records: list[MatrixRecord | None] = []
+    for i in range(len(out)):
+        values = spectra.values(i)
+        found = spectra.split(i, options.energy, options.mixing) if float(values[0]) > 0 else None
+        if found is None:
+            records.append(None)
+            continue
+        k, effective, c = found
+        factors[i, :k], factors[i, k:] = c.lambda_high, c.lambda_low
+        records.append(MatrixRecord(rank, k, effective, c, "gram64"))
+    edited = spectra.apply(delta, factors) * options.alpha
+    out.copy_(edited if base is None else edited + base.float())
+    for i, record in enumerate(records):
+        if record is None:
+            update = MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights)
+            records[i] = _edit_matrix(update, out[i], options)
+    return records
 
 
 def _edit_matrix(update: MatrixUpdate, out: Tensor, options: EditOptions) -> MatrixRecord | None:
