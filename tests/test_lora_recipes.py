@@ -280,7 +280,9 @@ def test_lora_bias_is_exact(tmp_path):
 
 def _warnings(caplog) -> list[str]:
     return [
-        r.getMessage() for r in caplog.records if r.name.startswith("mergekit_monosoup") and r.levelno >= 30
+        r.getMessage()
+        for r in caplog.records
+        if r.name.startswith("mergekit_monosoup.lora") and r.levelno >= logging.WARNING
     ]
 
 

@@ -126,6 +126,8 @@ def test_commands_exist():
         match words:
             case ["mergekit-yaml", *_]:
                 assert CliRunner().invoke(mergekit_yaml, ["--help"]).exit_code == 0
+            case ["mergekit-monosoup", name, *_]:
+                assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
             case ["make", target]:
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
             case ["hf", "upload", _, _] | ["pip", "install", _]:
@@ -133,7 +135,7 @@ def test_commands_exist():
             case _:
                 pytest.fail(f"no check for {words}")
     named = set(re.findall(r"mergekit-monosoup\s(\w+)\b", README))
-    assert named == {"merge", "doctor", "methods", "align", "greedy"}
+    assert named == {"merge", "doctor", "methods", "align", "greedy", "lora"}
     for name in named:
         assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
 

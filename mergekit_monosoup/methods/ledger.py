@@ -75,7 +75,11 @@ def _lost(model: ModelReference, planned: set[str]) -> list[str]:
     if loader is None:
         # mergekit-pytorch plans by the names in the files.
         return []
-    config = model.config(trust_remote_code=LoaderCache().trust_remote_code)
+    try:
+        config = model.config(trust_remote_code=LoaderCache().trust_remote_code)
+    except (OSError, ValueError):
+        # A bare state dict, as other front ends of mergekit may merge: nothing says what is missing.
+        return []
     arch = arch_info_for_config(config)
     weights = weights_named(planned, arch.all_weights(config) if arch else ())
     lost = check_coverage(weights, loader.index.tensor_paths, config.model_type).lost
