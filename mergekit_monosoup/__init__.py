@@ -10,12 +10,26 @@ if TYPE_CHECKING:
     from mergekit_monosoup.errors import MonoSoupError
     from mergekit_monosoup.registry import method_names, register
     from mergekit_monosoup.spectral.edit import EditRecord, edit_update
+    from mergekit_monosoup.state_dicts import EditedWeights, edit_module, edit_state_dict
 
-__all__ = ["EditRecord", "MonoSoupError", "__version__", "edit_update", "method_names", "register"]
+__all__ = [
+    "EditRecord",
+    "EditedWeights",
+    "MonoSoupError",
+    "__version__",
+    "edit_module",
+    "edit_state_dict",
+    "edit_update",
+    "method_names",
+    "register",
+]
 
 _HOME = {
     "EditRecord": "mergekit_monosoup.spectral.edit",
+    "EditedWeights": "mergekit_monosoup.state_dicts",
     "MonoSoupError": "mergekit_monosoup.errors",
+    "edit_module": "mergekit_monosoup.state_dicts",
+    "edit_state_dict": "mergekit_monosoup.state_dicts",
     "edit_update": "mergekit_monosoup.spectral.edit",
     "method_names": "mergekit_monosoup.registry",
     "register": "mergekit_monosoup.registry",

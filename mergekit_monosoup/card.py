@@ -30,6 +30,7 @@ def write_card(
     name: str,
     header: ReportHeader | None = None,
     records: Sequence[TensorRecord] = (),
+    notes: Sequence[str] = (),
 ) -> None:
     """Write `README.md` and `mergekit_config.yml`, as mergekit does, into `folder`.
 
@@ -38,6 +39,7 @@ def write_card(
         folder: where the merged model lies.
         name: title of the card.
         header, records: report of the merge, for a section of its own; without records there is none.
+        notes: paragraphs to add at its end.
     """
     config = MergeConfiguration.model_validate(_with_explicit_paths(yaml.safe_load(recipe)))
     text = generate_card(config, recipe, name)
@@ -45,7 +47,7 @@ def write_card(
         section = card_section(header, records, _figures(folder, records))
         before, marker, after = text.partition("### Configuration")
         text = f"{before}{section}\n{marker}{after}"
-    card = ModelCard(text)
+    card = ModelCard("\n\n".join([text.rstrip(), *notes]) + "\n")
     known: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
     for key, value in (
         # Local folders are no repositories, and an empty list is not valid.

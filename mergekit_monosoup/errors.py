@@ -45,3 +45,11 @@ class QuantizedWeightError(InputError):
 
 class RegistrationError(MonoSoupError):
     """mergekit's registry cannot take our methods."""
+
+
+class AdapterError(InputError):
+    """A LoRA adapter is damaged, incomplete or of another base model."""
+
+
+class UnsupportedAdapterError(AdapterError):
+    """An adapter is not a sum of low-rank products, so there are no factors to edit."""

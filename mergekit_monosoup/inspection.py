@@ -12,12 +12,14 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from torch import Tensor
 
 from mergekit_monosoup.errors import InputError, NonFiniteError, ShapeMismatchError
+from mergekit_monosoup.float8 import FLOAT8, dequantise, missing_scale
 from mergekit_monosoup.lineage import Relation, unrelated
 from mergekit_monosoup.methods.reporting import relation_of
 from mergekit_monosoup.report.measure import edit_fields, frobenius_norm, tensor_record
 from mergekit_monosoup.report.schema import Action, SpectrumCurve, TensorRecord
+from mergekit_monosoup.scales import is_scale, scale_name
 from mergekit_monosoup.spectral.analysis import Analysis, analyse_update, spectrum_points
-from mergekit_monosoup.spectral.matrix import is_matrix_like
+from mergekit_monosoup.spectral.matrix import choose_view
 
 _SAMPLED_TENSORS = 9
 
@@ -48,12 +50,14 @@ class Inspection:
     def tensors(self) -> list[str]:
         """Names that all checkpoints share."""
         shared = set.intersection(*(set(loader.index.tensor_paths) for loader in self._loaders))
-        return [name for name in self._loaders[0].index.tensor_paths if name in shared]
+        held = self._loaders[0].index.tensor_paths
+        return [name for name in held if name in shared and not is_scale(name, held)]
 
     @property
     def missing(self) -> list[str]:
         """Names that some of the checkpoints lack."""
-        every = set().union(*(loader.index.tensor_paths for loader in self._loaders))
+        held = [loader.index.tensor_paths for loader in self._loaders]
+        every = {name for names in held for name in names if not is_scale(name, names)}
         return sorted(every - set(self.tensors))
 
     def records(
@@ -84,7 +88,10 @@ class Inspection:
         return None
 
     def _record(self, name: str, energies: Sequence[float], device: str) -> TensorRecord:
-        stored = [loader.get_tensor(name, device=device) for loader in self._loaders]
+        stored = [
+            _stored(loader, name, model, device)
+            for loader, model in zip(self._loaders, self.names, strict=True)
+        ]
         shape = tuple(stored[0].shape)
         if any(tuple(tensor.shape) != shape for tensor in stored):
             raise ShapeMismatchError(
@@ -102,18 +109,19 @@ class Inspection:
             )
         updates = [_update(name, self.names[i], stored[0], stored[i]) for i in range(1, len(stored))]
         mean = updates[0] if len(updates) == 1 else torch.stack(updates).mean(0)
-        matrix = is_matrix_like(shape)
+        view = choose_view(shape, name)
+        matrix = view.decomposes
         if matrix:
             for label, tensor in zip(self.names[1:], stored[1:], strict=True):
                 self._watch(name, label, stored[0], tensor)
-        analysis = analyse_update(mean, energies) if matrix else None
+        analysis = analyse_update(mean, energies, view) if matrix else None
         action: Action = "edited" if matrix else ("kept" if len(updates) == 1 else "averaged")
         return tensor_record(
             name,
             stored[0],
             stored[1:],
             action=action,
-            reason="" if matrix else "fewer than two axes",
+            reason="" if matrix else "not a matrix",
             edit=analysis.automatic if analysis else None,
             update_norm=frobenius_norm(mean),
             method="inspect",
@@ -145,6 +153,17 @@ def _loader(name: str, cache_dir: str | None) -> LazyTensorLoader:
     if reference.lora is not None:
         raise InputError(f"{name} has an adapter; merge it into its base first, and name the result")
     return reference.lazy_loader(cache_dir=cache_dir, lazy_unpickle=True)
+
+
+def _stored(loader: LazyTensorLoader, name: str, model: str, device: str) -> Tensor:
+    """Return a tensor as it is stored, float8 times its scale."""
+    tensor: Tensor = loader.get_tensor(name, device=device)
+    if tensor.dtype not in FLOAT8:
+        return tensor
+    scale = scale_name(name, loader.index.tensor_paths)
+    if scale is None:
+        raise missing_scale(name, tensor.dtype, f" of {model}")
+    return dequantise(tensor, loader.get_tensor(scale, device=device), name)
 
 
 def _update(tensor: str, model: str, base: Tensor, finetuned: Tensor) -> Tensor:

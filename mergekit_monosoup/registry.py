@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 
 def our_methods() -> tuple[MergeMethod, ...]:
     """Return one instance of each merge method of this package."""
+    from mergekit_monosoup.methods.model_stock import MODEL_STOCK
     from mergekit_monosoup.methods.monosoup import MONOSOUP
+    from mergekit_monosoup.methods.sfgs import SFGS
 
-    return (MONOSOUP,)
+    return (MONOSOUP, MODEL_STOCK, SFGS)
 
 
 def method_names() -> tuple[str, ...]:

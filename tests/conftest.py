@@ -41,3 +41,14 @@ def family(tmp_path_factory):
         return written[key]
 
     return get
+
+
+@pytest.fixture
+def one_thread():
+    """Matrices of a few dozen rows: several threads would only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,15 +1,9 @@
-"""What `plan` knows of methods and matrix views without importing them is what they are."""
+"""What `plan` knows of methods without importing them is what they are."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-
-import pytest
-import torch
-
-from mergekit_monosoup.planning.planned import matrix_view as planned_view
-from mergekit_monosoup.spectral.matrix import is_matrix_like, matrix_view
 
 
 def test_catalogue_is_that_of_the_registry(registered):
@@ -34,6 +28,8 @@ def test_catalogue_judges_values_as_the_methods_do(registered):
     for method in our_methods():
         known, _ = find_method(method.spec.name)
         for spec in method.spec.parameters:
+            if spec.name.startswith("_"):
+                continue
             for value in PROBES:
                 try:
                     spec.validate(value)
@@ -42,10 +38,3 @@ def test_catalogue_judges_values_as_the_methods_do(registered):
                     good = False
                 message = known.parameters[spec.name].refuse(value)
                 assert (message is None) == good, f"{spec.name}: {value!r}: {message}"
-
-
-@pytest.mark.parametrize("shape", [(4,), (), (3, 5), (2, 3, 5), (4, 3, 2, 2), (4, 3, 1, 2, 2), (0, 3)])
-def test_matrix_view_is_that_of_the_edit(shape):
-    assert (planned_view(shape) is not None) == is_matrix_like(shape)
-    if is_matrix_like(shape):
-        assert planned_view(shape) == tuple(matrix_view(torch.empty(shape)).shape)

@@ -136,7 +136,7 @@ def test_commands_exist():
                 pass
             case _:
                 pytest.fail(f"no check for {words}")
-    named = set(re.findall(r"mergekit-monosoup ([a-z]+)\b", README))
+    named = set(re.findall(r"mergekit-monosoup\s([a-z]+)\b", README))
     assert named == set(main.list_commands(click.Context(main)))
     for name in named:
         assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0

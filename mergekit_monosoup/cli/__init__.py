@@ -13,6 +13,9 @@ _COMMANDS = {
     "inspect": "Analyse fine-tuned checkpoints against their base without writing a model.",
     "report": "Show, sort, filter or compare the reports of merges.",
     "push": "Check a merged model and upload it to the Hub.",
+    "lora": "Edit a LoRA adapter by its factors, without the base model.",
+    "align": "Show how the updates of several checkpoints lie to each other.",
+    "greedy": "Search the Greedy Soup of several checkpoints by a score on held-out data.",
     "methods": "List the merge methods of this package and their parameters.",
     "doctor": "Say which ways of using this package work here, and why one does not.",
 }

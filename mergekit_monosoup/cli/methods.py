@@ -39,5 +39,6 @@ def _described(spec: Any) -> dict[str, Any]:
                 "description": p.description,
             }
             for p in spec.parameters
+            if not p.name.startswith("_")
         ],
     }

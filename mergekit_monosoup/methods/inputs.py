@@ -18,6 +18,8 @@ from mergekit_monosoup.errors import (
     QuantizedWeightError,
     ShapeMismatchError,
 )
+from mergekit_monosoup.methods.dequantised import dequantised
+from mergekit_monosoup.methods.ledger import LEDGER
 from mergekit_monosoup.methods.quantized import refuse_quantized_checkpoint
 from mergekit_monosoup.methods.reporting import begin_merge
 
@@ -41,7 +43,7 @@ def validate_recipe(
             f"merge method {method!r} needs the checkpoint that the fine-tuning started from; "
             "add it as `base_model:`"
         )
-    whole_recipe = group_name is None or group_name.endswith("]")
+    whole_recipe = is_whole_recipe(group_name)
     if whole_recipe:
         begin_merge()
     if base_id not in input_ids:
@@ -59,24 +61,33 @@ def validate_recipe(
             f"merge method {method!r} needs at least one fine-tuned checkpoint besides base_model"
             f"{f' for {group_name}' if group_name else ''}; add it under `models:`"
         )
+    if group_name is not None and not whole_recipe:
+        LEDGER.note(group_name)
     if whole_recipe:
         # Imported here: it brings transformers, which a mere registration must not.
         from mergekit.common import ModelReference
 
+        LEDGER.start(input_ids)
         for input_id in input_ids:
             if isinstance(input_id, ModelReference):
-                refuse_quantized_checkpoint(input_id)
+                refuse_quantized_checkpoint(input_id, is_base=input_id == base_id)
+
+
+def is_whole_recipe(group_name: str | None) -> bool:
+    """Say whether mergekit validates the recipe (or one of its slices) and not one tensor."""
+    return group_name is None or group_name.endswith("]")
 
 
 @dataclass(frozen=True)
 class GroupInputs:
     """The checked inputs of one output tensor.
 
-    Tensors stay as they were stored until they are needed; computation is in float32, in float64
-    for float64.
+    Tensors stay as they were stored until they are needed, but for float8, which is dequantised;
+    computation is in float32, in float64 for float64. `output_dtype` is what results are stored in.
     """
 
     group: TensorGroup
+    output_dtype: torch.dtype
 
     @classmethod
     def of(cls, group: TensorGroup) -> GroupInputs:
@@ -85,11 +96,12 @@ class GroupInputs:
         Raises:
             MissingBaseError, ShapeMismatchError, QuantizedWeightError.
         """
+        LEDGER.close()
         if group.base is None:
             raise MissingBaseError(f"{_label(group)}: no base among the inputs")
         for entry in group.entries:
             _check_storage(entry, group)
-        return cls(group)
+        return cls(*dequantised(group))
 
     @property
     def label(self) -> str:
@@ -141,7 +153,7 @@ class GroupInputs:
     def sole_finetuned(self) -> Tensor:
         """The fine-tuned tensor as it is stored, where there is just one."""
         (tensor,) = self.stored_tuned
-        return tensor
+        return tensor.to(self.output_dtype)
 
     def mean_update(self, weights: Sequence[float]) -> Tensor:
         """Return dW = sum_i w_i (W_i - W0) / sum_i w_i in the dtype of the computation.
@@ -164,6 +176,11 @@ class GroupInputs:
             raise self.overflow()
         return dw
 
+    @property
+    def update_norm(self) -> float:
+        """||dW||_F of the plain average of the updates."""
+        return float(self.mean_update([1.0] * len(self.group.non_base)).norm())
+
     def overflow(self) -> NonFiniteError:
         """Return the error for finite inputs whose difference is not finite."""
         return NonFiniteError(
@@ -173,14 +190,15 @@ class GroupInputs:
 
     def add_to_base(self, dw: Tensor, factor: float) -> Tensor:
         """Return W0 + factor dW, rounded once to the dtype of the inputs."""
-        return self.checked(torch.add(self.base, dw, alpha=factor).to(self.stored_base.dtype))
+        return self.checked(torch.add(self.base, dw, alpha=factor).to(self.output_dtype))
 
     def checked(self, result: Tensor) -> Tensor:
-        """Return a result unless it left the range of its dtype, which float16 alone is short of.
+        """Return a result to store, unless it left the range of its dtype, which float16 alone is short of.
 
         Raises:
             NonFiniteError: names tensor and remedy.
         """
+        result = result.to(self.output_dtype)
         if result.dtype == torch.float16 and not _finite(result):
             raise NonFiniteError(
                 f"{self.label}: the result overflows float16; set "

@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from mergekit.common import ModelReference
-from mergekit.io.tasks import LoaderCache
-from mergekit.merge_methods.base import ParameterScope, ParameterSpec, TensorEntry, TensorGroup
+from mergekit.merge_methods.base import (
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorEntry,
+    TensorGroup,
+)
 
 from mergekit_monosoup.lineage import Relation, relation, unrelated
+from mergekit_monosoup.methods.outcomes import Outcome, tell
 from mergekit_monosoup.report.inputs import InputHashes
 from mergekit_monosoup.report.measure import tensor_record
 from mergekit_monosoup.report.recorder import Recorder, close_files, is_recording, new_header, send
@@ -49,7 +54,7 @@ def begin_merge() -> None:
 
 def note(
     group: TensorGroup,
-    method: str,
+    spec: MergeMethodSpec,
     action: Action,
     reason: str = "",
     *,
@@ -64,24 +69,27 @@ def note(
     """Record what was done with a group; costs next to nothing where nobody listens.
 
     Args:
-        group: the inputs, base among them.
-        method: name of the merge method.
+        group: the inputs, base among them; float8 dequantised.
+        spec: of the merge method.
         action, reason: what happened to the tensor and why.
         report: value of the parameter `report`.
         update_norm: ||dW||_F of the averaged update before any edit, where it is known.
         edit: record of the spectral edit.
         weights: of the average over the group's non-base entries.
         started: `time.perf_counter()` at the start of the work.
-        parameters: those that differ from the method's defaults.
+        parameters: as they were for this tensor; the method's defaults are left out.
         figures: numbers that only this method has.
     """
+    name = group.metadata.name or ""
+    tell(Outcome(name, action, reason, edit))
     if group.base is None:
         return
     _watch_base(group, group.base)
     if not is_recording(report):
         return
+    defaults = {parameter.name: parameter.default for parameter in spec.parameters}
     record = tensor_record(
-        group.metadata.name or "",
+        name,
         group.base.tensor,
         [entry.tensor for entry in group.non_base],
         action=action,
@@ -90,11 +98,11 @@ def note(
         edit=edit,
         update_norm=update_norm,
         started=started,
-        method=method,
-        parameters=dict(parameters or {}),
+        method=spec.name,
+        parameters={k: v for k, v in (parameters or {}).items() if v != defaults[k]},
         figures=dict(figures or {}),
     )
-    send(record, report, lambda path: _file_recorder(path, method, group))
+    send(record, report, lambda path: _file_recorder(path, spec.name, group))
 
 
 def relation_of(name: str, base: torch.Tensor, finetuned: torch.Tensor) -> Relation | None:
@@ -142,6 +150,10 @@ def _file_recorder(path: Path, method: str, group: TensorGroup) -> Recorder:
 
 def checkpoint_folder(model: object) -> Path | None:
     """Return where mergekit has a checkpoint's files, None where it has not opened it."""
+    # Imported here: both bring transformers, which a mere registration must not.
+    from mergekit.common import ModelReference
+    from mergekit.io.tasks import LoaderCache
+
     if not isinstance(model, ModelReference):
         return None
     loader = LoaderCache.loaders.get(model)

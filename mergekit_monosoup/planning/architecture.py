@@ -17,6 +17,11 @@ from typing import Any
 from mergekit_monosoup.errors import InputError
 from mergekit_monosoup.planning.headers import Checkpoint
 
+
+class UnknownArchitectureError(InputError):
+    """mergekit cannot tell the tensors of a model."""
+
+
 _FIELD = re.compile(r"\$\{(layer_index|num_layers)([+-]1)?\}")
 
 
@@ -59,8 +64,8 @@ def architecture_name(checkpoint: Checkpoint) -> str:
     names = checkpoint.config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
         raise InputError(
-            f"config.json of {checkpoint.name} must name one model class under `architectures`; "
-            f"it has {names!r}"
+            f"config.json of {checkpoint.name} names {names or 'no class'} under architectures; mergekit "
+            "needs exactly one, such as the class that the checkpoint was saved from"
         )
     return str(names[0])
 
@@ -122,6 +127,16 @@ def _config_number(checkpoint: Checkpoint, key: str) -> int:
     value: Any = checkpoint.config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
+    if value is None and checkpoint.config.get("model_type"):
+        # Some classes have other names for it (T5), or a default. Slow to import, and rarely needed.
+        from transformers import AutoConfig
+
+        try:
+            value = AutoConfig.for_model(**checkpoint.config)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"config.json of {checkpoint.name} cannot be read: {error}") from error
+        for part in key.split("."):
+            value = getattr(value, part, None)
     if not isinstance(value, int):
         raise InputError(f"config.json of {checkpoint.name} does not say how many layers there are ({key})")
     return value
@@ -151,7 +166,7 @@ def inferred_architecture(models: Sequence[Checkpoint], base: Checkpoint | None)
     """Ask mergekit for the architecture of local checkpoints that no JSON file describes.
 
     Raises:
-        InputError: mergekit cannot tell.
+        UnknownArchitectureError: mergekit cannot tell.
     """
     from mergekit.architecture import arch_info_for_config
     from mergekit.architecture.auto import infer_architecture_info
@@ -166,8 +181,10 @@ def inferred_architecture(models: Sequence[Checkpoint], base: Checkpoint | None)
             info = infer_architecture_info(
                 tuple(references.values()), references[base.name] if base else None, MergeOptions()
             )
-    except (RuntimeError, ValueError, OSError, KeyError, AttributeError) as error:
-        raise InputError(f"mergekit cannot tell the tensors of {models[0].name}: {error}") from error
+    except (RuntimeError, TypeError, ValueError, OSError, KeyError, AttributeError) as error:
+        raise UnknownArchitectureError(
+            f"mergekit cannot tell the tensors of {models[0].name}: {error}"
+        ) from error
     modules = {}
     for key, definition in info.modules.items():
         modules[key] = _asked_module(definition.architecture, definition.weight_prefix or "", configs)

@@ -36,22 +36,24 @@ def described() -> dict[str, Any]:
 
     ours = register()
     methods = {
-        method.spec.name: _method(method.spec, method.spec.name in ours)
+        method.spec.name: _method(method, method.spec.name in ours)
         for method in sorted(merge_methods.registered_methods(), key=lambda m: m.spec.name)
     }
     return {"mergekit": installed_version("mergekit"), "methods": methods}
 
 
-def _method(spec: Any, ours: bool) -> dict[str, Any]:
+def _method(method: Any, ours: bool) -> dict[str, Any]:
+    spec = method.spec
     contract = spec.contract
     return {
         "ours": ours,
         "base": contract.base.value,
         "min_inputs": contract.min_inputs,
         "max_inputs": contract.max_inputs,
-        "min_non_base": contract.min_non_base,
+        # A contract holds for single tensors as well, of which fewer models may do.
+        "min_non_base": getattr(method, "fewest_finetuned", contract.min_non_base),
         "max_non_base": contract.max_non_base,
-        "parameters": {p.name: _parameter(p) for p in spec.parameters},
+        "parameters": {p.name: _parameter(p) for p in spec.parameters if p.name[0] != "_"},
     }
 
 

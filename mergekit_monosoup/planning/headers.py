@@ -21,6 +21,9 @@ DTYPES = {
     "BF16": ("bfloat16", 16),
     "F8_E4M3": ("float8_e4m3fn", 8),
     "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
     "F4": ("float4_e2m1fn_x2", 4),
     "I64": ("int64", 64),
     "I32": ("int32", 32),
@@ -201,12 +204,6 @@ def bytes_per_entry(dtype: str) -> float:
         if name == dtype:
             return bits / 8
     return 2.0
-
-
-def is_quantised_weight(tensor: StoredTensor) -> bool:
-    """Say whether a tensor is a weight matrix stored as integers (GPTQ, AWQ, bitsandbytes and the like)."""
-    matrix = len(tensor.shape) >= 2 and tensor.name.endswith(("weight", "qweight", "weight_packed", "blocks"))
-    return matrix and (not tensor.is_floating or tensor.dtype.startswith("float4"))
 
 
 def is_local(path: str) -> bool:

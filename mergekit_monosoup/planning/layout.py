@@ -8,6 +8,7 @@ from typing import Any
 from mergekit_monosoup.errors import ConfigurationError, InputError
 from mergekit_monosoup.planning.architecture import (
     Architecture,
+    UnknownArchitectureError,
     architecture_name,
     inferred_architecture,
     json_architecture,
@@ -15,6 +16,7 @@ from mergekit_monosoup.planning.architecture import (
 from mergekit_monosoup.planning.catalogue import Method
 from mergekit_monosoup.planning.headers import Checkpoint
 from mergekit_monosoup.planning.models import parse_reference
+from mergekit_monosoup.planning.naming import misfit, shared_names, weight_names
 from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source
 from mergekit_monosoup.planning.problems import Problems, nearest
 from mergekit_monosoup.planning.recipe import Recipe, model_uses
@@ -39,28 +41,84 @@ def plan_tensors(
         allow_crimes, truncate_embeddings: options of mergekit.
     """
     try:
-        architecture = _architecture(recipe, models, allow_crimes, problems)
+        _check_kinds(recipe, models, allow_crimes, problems)
         if problems.errors:
             return []
-        planner = TensorPlanner(recipe, method, architecture, problems, truncate_embeddings)
-        if architecture is None:
-            for part, _ in _slices(recipe, recipe.data, (), models, None, problems):
-                planner.plan_names(part)
-        else:
-            _plan_modules(recipe, models, architecture, planner, problems)
+        try:
+            architecture = _architecture(recipe, models, problems)
+            unknown = None
+        except UnknownArchitectureError as error:
+            architecture, unknown = None, str(error)
+        planner = TensorPlanner(recipe, method, architecture, Problems(), truncate_embeddings)
+        if architecture is not None:
+            _plan_modules(recipe, models, architecture, planner, planner.problems)
+            lost = {checkpoint.name: planner.lost(checkpoint) for checkpoint in models.values()}
+            if not (planner.lacking or any(lost.values())):
+                return _taken_over(planner, problems)
+        # Recipes of slices and modules speak of the parts of mergekit's definition.
+        by_name = not (allow_crimes or recipe.data.get("slices") or recipe.data.get("modules"))
+        if architecture is not None:
+            if by_name:
+                unknown = misfit(planner.asked, list(models.values()), architecture.name)
+            if unknown is None or shared_names(list(models.values())) is None:
+                _report_lost(lost if unknown or not by_name else {}, problems)
+                return _taken_over(planner, problems)
+        named = TensorPlanner(recipe, method, architecture, problems, truncate_embeddings)
+        return _plan_by_name(named, recipe, models, unknown, planner.vocabulary_axes)
     except (InputError, ConfigurationError) as error:
         problems.error(str(error))
         return []
-    planner.report_lost(list(models.values()))
+
+
+def _taken_over(planner: TensorPlanner, problems: Problems) -> list[PlannedTensor]:
+    problems.add(planner.problems)
     return planner.planned
 
 
-def _architecture(
+def _report_lost(lost: Mapping[str, Sequence[str]], problems: Problems) -> None:
+    """Warn of tensors that no task reads: mergekit drops them without a word."""
+    for name, tensors in lost.items():
+        if tensors:
+            listed = ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
+            problems.warning(
+                f"{len(tensors)} tensors of {name} will not be in the output ({listed}): neither "
+                "mergekit's definition of the architecture nor the layers chosen have them"
+            )
+
+
+def _plan_by_name(
+    planner: TensorPlanner,
+    recipe: Recipe,
+    models: Mapping[str, Checkpoint],
+    reason: str | None,
+    axes: Mapping[str, int | None],
+) -> list[PlannedTensor]:
+    """Plan the tensors that the headers name; `reason` says why not those of mergekit's definition."""
+    problems = planner.problems
+    names = shared_names(list(models.values()))
+    if reason is not None:
+        how = (
+            "`mergekit-monosoup merge` takes the tensors by their names in the files instead"
+            if names is not None
+            else "this plan goes by the names in the headers, and the merge may fail"
+        )
+        problems.warning(f"{reason}; {how}")
+    for part, _ in _slices(recipe, recipe.data, (), models, None, problems):
+        order = list(models.values())
+        columns = [order.index(source.checkpoint) for source in part.sources]
+        if names is None:
+            every = dict.fromkeys(n for s in part.sources for n in weight_names(s.checkpoint))
+            rows = [(name,) * len(columns) for name in every]
+        else:
+            rows = [tuple(row[column] for column in columns) for row in names]
+        planner.plan_names(part, rows, axes)
+    return planner.planned
+
+
+def _check_kinds(
     recipe: Recipe, models: Mapping[str, Checkpoint], allow_crimes: bool, problems: Problems
-) -> Architecture | None:
-    """Return the common architecture; None where only the names in the headers are known."""
+) -> None:
     lines = {str(parse_reference(use.name)): recipe.line(*use.path) for use in model_uses(recipe)}
-    found = {name: json_architecture(checkpoint) for name, checkpoint in models.items()}
     kinds = {name: architecture_name(checkpoint) for name, checkpoint in models.items()}
     first = next(iter(models))
     for name, kind in kinds.items():
@@ -70,16 +128,23 @@ def _architecture(
                 "cannot be merged",
                 lines.get(name),
             )
-    known = found[first]
-    if known is not None or problems.errors:
+
+
+def _architecture(
+    recipe: Recipe, models: Mapping[str, Checkpoint], problems: Problems
+) -> Architecture | None:
+    """Return the common architecture; None where only the names in the headers are known."""
+    first = next(iter(models.values()))
+    known = json_architecture(first)
+    if known is not None:
         return known
     if all(checkpoint.folder is not None for checkpoint in models.values()):
         base = recipe.data.get("base_model")
         named = models.get(str(parse_reference(base))) if base is not None else None
         return inferred_architecture(list(models.values()), named)
     problems.warning(
-        f"mergekit has no definition of {kinds[first]}; it will look at the weights after their download, "
-        "and this plan goes by the names in the headers"
+        f"mergekit has no definition of {architecture_name(first)}; it will look at the weights after their "
+        "download, and this plan goes by the names in the headers"
     )
     return None
 

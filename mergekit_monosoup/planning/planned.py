@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,16 +50,3 @@ class OutputSlice:
     base: Checkpoint | None
     parameters: Mapping[str, Any] | None
     line: int | None
-
-
-def matrix_view(shape: Sequence[int]) -> tuple[int, int, int] | None:
-    """Return number, rows and columns of the matrices in which a tensor is decomposed; None for vectors.
-
-    Linear [out, in]: one; stack of experts [E, out, in]: E; convolution [out, in, k, ...]: one
-    [out, in * k * ...].
-    """
-    if len(shape) < 2 or 0 in shape:
-        return None
-    if len(shape) == 3:
-        return shape[0], shape[1], shape[2]
-    return 1, shape[0], math.prod(shape[1:])

@@ -34,6 +34,11 @@ class Problems:
         """Add a finding that the user should know of."""
         self._add(Problem(message, line, "warning"))
 
+    def add(self, others: Problems) -> None:
+        """Take over the findings of a part of the plan."""
+        for problem in others.found:
+            self._add(problem)
+
     def _add(self, problem: Problem) -> None:
         if problem not in self.found:
             self.found.append(problem)

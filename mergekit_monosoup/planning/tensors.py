@@ -12,12 +12,14 @@ from mergekit_monosoup.planning.headers import (
     Checkpoint,
     StoredTensor,
     bytes_per_entry,
-    is_quantised_weight,
 )
-from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source, matrix_view
+from mergekit_monosoup.planning.naming import gradient_positions, weight_names
+from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source
 from mergekit_monosoup.planning.problems import Problems
 from mergekit_monosoup.planning.recipe import Recipe
 from mergekit_monosoup.planning.settings import resolve
+from mergekit_monosoup.planning.storage import promoted_dtype, refused_storage
+from mergekit_monosoup.spectral.matrix import MatrixView, choose_view
 
 
 class TensorPlanner:
@@ -37,6 +39,8 @@ class TensorPlanner:
         self.problems = problems
         self.truncate_embeddings = truncate_embeddings
         self.planned: list[PlannedTensor] = []
+        self.asked: dict[str, list[Weight]] = {}
+        self.lacking = False
         self._used: dict[str, set[str]] = {}
 
     def plan_module(
@@ -71,26 +75,34 @@ class TensorPlanner:
         for weight in make(part.sources[0].checkpoint):
             yield (weight, [weight] * len(part.sources)), part
 
-    def plan_names(self, part: OutputSlice) -> None:
-        """Plan by the names in the headers, where no architecture is known."""
-        names: dict[str, None] = {}
-        for source in part.sources:
-            names.update(dict.fromkeys(source.checkpoint.tensors))
-        for name in names:
-            weight = Weight(name, optional=True)
-            top = self.recipe.data.get("parameters")
-            self._plan((weight, [weight] * len(part.sources)), part, [part.parameters, top], 0.0)
+    def plan_names(
+        self,
+        part: OutputSlice,
+        rows: Sequence[tuple[str, ...]],
+        axes: Mapping[str, int | None],
+    ) -> None:
+        """Plan by the names in the headers.
 
-    def report_lost(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Warn of tensors that no task reads: mergekit drops them without a word."""
-        for checkpoint in checkpoints:
-            lost = sorted(set(checkpoint.tensors) - self._used.get(checkpoint.name, set()))
-            if lost and self._used.get(checkpoint.name):
-                listed = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
-                self.problems.warning(
-                    f"{len(lost)} tensors of {checkpoint.name} will not be in the output ({listed}): "
-                    "neither mergekit's definition of the architecture nor the layers chosen have them"
-                )
+        Args:
+            part: the whole model.
+            rows: for each tensor, its name in each source.
+            axes: vocabulary axes, where they are known.
+        """
+        top = self.recipe.data.get("parameters")
+        positions = gradient_positions([row[0] for row in rows])
+        for row in rows:
+            weights = [Weight(name, axes.get(name), optional=True) for name in row]
+            self._plan((weights[0], weights), part, [part.parameters, top], positions[row[0]])
+
+    def lost(self, checkpoint: Checkpoint) -> list[str]:
+        """Return the tensors of a checkpoint that nothing has been planned with."""
+        used = self._used.get(checkpoint.name)
+        return sorted(set(weight_names(checkpoint)) - used) if used else []
+
+    @property
+    def vocabulary_axes(self) -> dict[str, int | None]:
+        """The vocabulary axes of the weights so far, by name."""
+        return {w.name: w.vocabulary_axis for weights in self.asked.values() for w in weights}
 
     def _plan(
         self,
@@ -104,6 +116,7 @@ class TensorPlanner:
         missing: list[Source] = []
         tied_only = True
         for source, weight in zip(part.sources, inputs, strict=True):
+            self.asked.setdefault(source.checkpoint.name, []).append(weight)
             stored = self._find(source.checkpoint, weight)
             if stored is None:
                 missing.append(source)
@@ -151,6 +164,7 @@ class TensorPlanner:
                 f"tensor {out.name} of {lacking.name} is converted as it is loaded; its shape is not checked"
             )
             return bool(found)
+        self.lacking = True
         role = " (the base)" if lacking is part.base else ""
         self.problems.error(
             f"tensor {out.name} is missing in {lacking.name}{role}; use checkpoints of the same architecture",
@@ -196,22 +210,18 @@ class TensorPlanner:
     ) -> None:
         data = self.recipe.data
         for source, stored in found:
-            if self.method.ours and is_quantised_weight(stored):
-                self.problems.error(
-                    f"tensor {stored.name} of {source.checkpoint.name} ({stored.file}) is stored as "
-                    f"{stored.dtype}, so the checkpoint is quantised; dequantise it to float16, bfloat16 or "
-                    "float32 first",
-                    part.line,
-                )
+            refusal = refused_storage(source.checkpoint, stored) if self.method.ours else None
+            if refusal is not None:
+                self.problems.error(refusal, part.line)
                 return
         dtypes = {stored.dtype for _, stored in found}
         loaded = out.force_dtype or data.get("dtype")
-        dtype = str(out.force_dtype or data.get("out_dtype") or loaded or _promoted(dtypes))
+        dtype = str(out.force_dtype or data.get("out_dtype") or loaded or promoted_dtype(dtypes))
         dtype = dtype.removeprefix("torch.")
         action, why = self._action(out, found, part, blocks, t, shape)
         if action == "copied" and not all(s.is_floating for _, s in found):
             dtype = found[0][1].dtype
-        view = matrix_view(shape) if action == "edited" else None
+        view = self._view(out.name, shape, blocks, t) if action == "edited" else None
         read = sum(s.size * bytes_per_entry(s.dtype) for _, s in found)
         self.planned.append(
             PlannedTensor(
@@ -221,7 +231,7 @@ class TensorPlanner:
                 dtype=dtype,
                 view=_written_view(view),
                 why=why,
-                matrices=view,
+                matrices=view.shape if view is not None else None,
                 read_bytes=read,
                 write_bytes=math.prod(shape) * bytes_per_entry(dtype),
                 inputs=len(found),
@@ -247,8 +257,8 @@ class TensorPlanner:
         rest = "averaged" if len(tuned) > 1 else "kept"
         if "edit" not in self.method.parameters:
             return "averaged", f"by {self.method.name}"
-        if matrix_view(shape) is None:
-            return rest, "fewer than two axes" if len(shape) < 2 else "no entries"
+        if not self._view(out.name, shape, blocks, t).decomposes:
+            return rest, "not a matrix"
         if _is_false(resolve("edit", blocks, out.name, t)):
             return rest, "edit: false"
         threshold = resolve("min_relative_update", blocks, out.name, t)
@@ -256,6 +266,11 @@ class TensorPlanner:
         energy = resolve("energy", blocks, out.name, t)
         rule = "effective rank" if energy is None else f"energy R = {float(energy):g}"
         return "edited", "; ".join(filter(None, (rule, why)))
+
+    def _view(
+        self, name: str, shape: tuple[int, ...], blocks: list[Mapping[str, Any] | None], t: float
+    ) -> MatrixView:
+        return choose_view(shape, name, resolve("matrix", blocks, name, t) or "auto")
 
 
 def _is_false(value: Any) -> bool:
@@ -269,18 +284,13 @@ def _is_positive(value: Any) -> bool:
         return False
 
 
-def _promoted(dtypes: set[str]) -> str:
-    for wide in ("float64", "float32"):
-        if wide in dtypes:
-            return wide
-    return next(iter(dtypes)) if len(dtypes) == 1 else "float32"
-
-
-def _written_view(view: tuple[int, int, int] | None) -> str:
+def _written_view(view: MatrixView | None) -> str:
     if view is None:
         return ""
-    count, rows, columns = view
-    return f"{rows}x{columns}" if count == 1 else f"{count} of {rows}x{columns}"
+    count, rows, columns = view.shape
+    if view.kind == "stack":
+        return f"{count} of {rows}x{columns}"
+    return f"{rows}x{columns}" if view.kind == "matrix" else f"{rows}x{columns} ({view.kind})"
 
 
 def _converted(checkpoint: Checkpoint, weight: Weight) -> bool:

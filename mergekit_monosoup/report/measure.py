@@ -128,6 +128,6 @@ def _update_norm(base: Tensor, others: Sequence[Tensor], weights: Sequence[float
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
-        return [1 / count] * count
+        return [1 / count] * count if count else []
     total = math.fsum(weights)
     return [w / total for w in weights]

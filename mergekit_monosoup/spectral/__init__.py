@@ -1,17 +1,21 @@
 """The mathematics of one update: matrix view, spectrum, split, mixing, edit.
 
-This room knows tensors only; it imports neither mergekit nor anything that reads a file.
+This room knows tensors only; it imports neither mergekit nor anything that reads a file. Its names are
+imported on first use: the matrix view serves plans as well, which do without torch.
 """
 
-from mergekit_monosoup.spectral.edit import (
-    EditOptions,
-    EditRecord,
-    MatrixRecord,
-    edit_update,
-    edit_weight,
-)
-from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
-from mergekit_monosoup.spectral.split import effective_rank, energy_rank, split_index
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mergekit_monosoup.spectral.edit import (
+        EditOptions,
+        EditRecord,
+        MatrixRecord,
+        edit_update,
+        edit_weight,
+    )
+    from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
+    from mergekit_monosoup.spectral.split import effective_rank, energy_rank, split_index
 
 __all__ = [
     "Coefficients",
@@ -26,3 +30,18 @@ __all__ = [
     "mixing_coefficients",
     "split_index",
 ]
+
+_HOMES = {
+    "edit": ("EditOptions", "EditRecord", "MatrixRecord", "edit_update", "edit_weight"),
+    "mixing": ("Coefficients", "Mixing", "mixing_coefficients"),
+    "split": ("effective_rank", "energy_rank", "split_index"),
+}
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.spectral.edit import EditRecord, MatrixRecord
-from mergekit_monosoup.spectral.matrix import matrix_view
+from mergekit_monosoup.spectral.matrix import MatrixView, choose_view
 from mergekit_monosoup.spectral.mixing import mixing_coefficients
 from mergekit_monosoup.spectral.spectrum import decompose
 from mergekit_monosoup.spectral.split import effective_rank, split_index
@@ -27,25 +27,29 @@ class Analysis:
     fixed: dict[float, EditRecord]
 
 
-def analyse_update(dw: Tensor, energies: Sequence[float] = ()) -> Analysis:
+def analyse_update(dw: Tensor, energies: Sequence[float] = (), view: MatrixView | None = None) -> Analysis:
     """Decompose an update once and split it by the effective rank and by each threshold R.
 
     Args:
         dw: `[out, in]`, `[out, in, k, ...]` or `[experts, out, in]`; float32 or float64.
         energies: thresholds R in (0, 1].
+        view: how `dw` is read as matrices; by its shape alone where absent.
 
     Raises:
         NonFiniteError: NaN or infinity in `dw`.
         ParameterError: a threshold is out of range.
     """
     spectra = []
-    for matrix in matrix_view(dw):
+    view = view or choose_view(tuple(dw.shape))
+    for matrix in view.of(dw):
         # In float64 the spectrum serves every threshold; in float32 each would need a check of its own.
         spectrum = decompose(MatrixUpdate(None, [matrix.double()]), backend="gram")
         if spectrum is not None:
             spectra.append((spectrum.singular_values, min(matrix.shape), spectrum.backend))
     rules: list[float | None] = [None, *energies]
-    records = {rule: EditRecord(tuple(_record(*found, rule) for found in spectra)) for rule in rules}
+    records = {
+        rule: EditRecord(tuple(_record(*found, rule) for found in spectra), view.kind) for rule in rules
+    }
     return Analysis(
         tuple(values / values[0] for values, _, _ in spectra),
         records[None],

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.errors import ShapeMismatchError
-from mergekit_monosoup.spectral.matrix import is_matrix_like, matrix_view
+from mergekit_monosoup.spectral.batch import (
+    LARGEST_SMALL_SIDE,
+    BatchedSpectra,
+    batches,
+    stacked_update,
+)
+from mergekit_monosoup.spectral.matrix import MatrixView, ViewKind, choose_view
 from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
 from mergekit_monosoup.spectral.spectrum import Backend, decompose
 from mergekit_monosoup.spectral.split import effective_rank, split_index
@@ -36,9 +42,11 @@ class EditRecord:
 
     The properties give the value of the matrix, and the mean over the matrices of a stack.
     Matrices without any update have no entry; an update of zero has no entries at all.
+    `view` says how the tensor was read as matrices.
     """
 
     matrices: tuple[MatrixRecord, ...]
+    view: ViewKind = "matrix"
 
     def _mean(self, values: list[float]) -> float:
         return fmean(values) if values else math.nan
@@ -107,11 +115,13 @@ class EditOptions:
     spectrum: Backend = "auto"
 
 
+@torch.no_grad()
 def edit_weight(
     base: Tensor,
     tuned: Sequence[Tensor],
     weights: Sequence[float] = (1.0,),
     options: EditOptions = EditOptions(),
+    view: MatrixView | None = None,
 ) -> tuple[Tensor, EditRecord]:
     """Return W0 + alpha (lambda_high dW_high + lambda_low dW_low), dW = sum_i w_i (W_i - W0).
 
@@ -124,6 +134,7 @@ def edit_weight(
         tuned: the W_i, in the shape, dtype and on the device of `base`.
         weights: w_i, summing to 1.
         options: split, mixing and factor.
+        view: how the tensors are read as matrices; by their shape alone where absent.
 
     Returns:
         The weight in the shape and dtype of `base`, rounded once from float32 (float64 for
@@ -133,22 +144,20 @@ def edit_weight(
         ShapeMismatchError: fewer than two axes.
         NonFiniteError: NaN or infinity in an input, or dW overflows.
     """
-    _require_matrix(base)
+    view = _required_view(base, view)
     out = torch.empty_like(base, memory_format=torch.contiguous_format)
-    stacks = [matrix_view(t) for t in tuned]
-    records = []
-    for index, (w0, result) in enumerate(zip(matrix_view(base), matrix_view(out), strict=True)):
-        update = MatrixUpdate(w0, [stack[index] for stack in stacks], weights)
-        records.append(_edit_matrix(update, result, options))
-    return out, EditRecord(tuple(r for r in records if r is not None))
+    records = _edit_stack(view.of(base), [view.of(t) for t in tuned], weights, view.of(out), options)
+    return out, EditRecord(tuple(r for r in records if r is not None), view.kind)
 
 
+@torch.no_grad()
 def edit_update(
     dw: Tensor,
     *,
     energy: float | None = None,
     mixing: Mixing = "monosoup",
     spectrum: Backend = "auto",
+    view: MatrixView | None = None,
 ) -> tuple[Tensor, EditRecord]:
     """Return the edited update lambda_high dW_high + lambda_low dW_low by itself.
 
@@ -161,6 +170,7 @@ def edit_update(
         energy: R in (0, 1], or None for the effective rank.
         mixing: `monosoup` or one of the ablations.
         spectrum: how the spectrum is computed; see `spectrum.decompose`.
+        view: how `dw` is read as matrices; by its shape alone where absent.
 
     Returns:
         The edited update in the shape of `dw`, float32 (float64 for float64), and its record.
@@ -169,23 +179,72 @@ def edit_update(
         ShapeMismatchError: fewer than two axes.
         NonFiniteError: NaN or infinity in `dw`.
     """
-    _require_matrix(dw)
+    view = _required_view(dw, view)
     dtype = torch.float64 if dw.dtype == torch.float64 else torch.float32
     out = torch.empty(dw.shape, dtype=dtype, device=dw.device)
     options = EditOptions(energy, mixing, spectrum=spectrum)
-    records = [
-        _edit_matrix(MatrixUpdate(None, [matrix]), result, options)
-        for matrix, result in zip(matrix_view(dw), matrix_view(out), strict=True)
-    ]
-    return out, EditRecord(tuple(r for r in records if r is not None))
+    records = _edit_stack(None, [view.of(dw)], (1.0,), view.of(out), options)
+    return out, EditRecord(tuple(r for r in records if r is not None), view.kind)
 
 
-def _require_matrix(tensor: Tensor) -> None:
-    if not is_matrix_like(tuple(tensor.shape)):
+def _required_view(tensor: Tensor, view: MatrixView | None) -> MatrixView:
+    view = view or choose_view(tuple(tensor.shape))
+    if not view.decomposes:
         raise ShapeMismatchError(
             f"a tensor of shape {tuple(tensor.shape)} is not a matrix; leave tensors with fewer than "
             "two axes or without entries unedited"
         )
+    return view
+
+
+def _edit_stack(
+    base: Tensor | None, tuned: Sequence[Tensor], weights: Sequence[float], out: Tensor, options: EditOptions
+) -> list[MatrixRecord | None]:
+    """Edit a stack `[matrices, rows, columns]` into `out`: small matrices in batches, others in turn."""
+    batched = (
+        len(out) > 1
+        and min(out.shape[1:]) <= LARGEST_SMALL_SIDE
+        and options.spectrum != "svd"
+        and all(t.dtype != torch.float64 for t in tuned)
+    )
+    if batched:
+        records: list[MatrixRecord | None] = []
+        for part in batches((out.shape[0], out.shape[1], out.shape[2]), out.device):
+            w0 = None if base is None else base[part]
+            records += _edit_batch(w0, [t[part] for t in tuned], weights, out[part], options)
+        return records
+    return [
+        _edit_matrix(
+            MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights), out[i], options
+        )
+        for i in range(len(out))
+    ]
+
+
+def _edit_batch(
+    base: Tensor | None, tuned: Sequence[Tensor], weights: Sequence[float], out: Tensor, options: EditOptions
+) -> list[MatrixRecord | None]:
+    delta = stacked_update(base, tuned, weights)
+    spectra = BatchedSpectra(delta)
+    rank = min(out.shape[1:])
+    factors = torch.ones(len(out), rank, dtype=torch.float64)
+    records: list[MatrixRecord | None] = []
+    for i in range(len(out)):
+        values = spectra.values(i)
+        found = spectra.split(i, options.energy, options.mixing) if float(values[0]) > 0 else None
+        if found is None:
+            records.append(None)
+            continue
+        k, effective, c = found
+        factors[i, :k], factors[i, k:] = c.lambda_high, c.lambda_low
+        records.append(MatrixRecord(rank, k, effective, c, "gram64", float(values.norm())))
+    edited = spectra.apply(delta, factors) * options.alpha
+    out.copy_(edited if base is None else edited + base.float())
+    for i, record in enumerate(records):
+        if record is None:
+            update = MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights)
+            records[i] = _edit_matrix(update, out[i], options)
+    return records
 
 
 def _edit_matrix(update: MatrixUpdate, out: Tensor, options: EditOptions) -> MatrixRecord | None:

@@ -58,7 +58,9 @@ class Spectrum:
             directions beyond k) rather than the leading k.
         """
         q = len(self.singular_values)
-        complement = q - k < k
+        # Where directions were left out as noise, they belong to the low side: only the leading side
+        # is known in full.
+        complement = q == int(self._live.sum()) and q - k < k
         part = self._eigen.vectors(0, q - k) if complement else self._eigen.vectors(q - k, q)
         if q == len(self._live):
             return part, complement
@@ -107,7 +109,7 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
         peak = _finite_peak(update)
         if peak == 0:
             return None
-        scale = _power_of_two_below(1 / peak)
+        scale = _scale_for(peak, dtype)
         gram = _accumulated(update, dtype, scale)
     diagonal = gram.diagonal() / scale**2
     live = diagonal > 0
@@ -139,7 +141,13 @@ def _by_factor(update: MatrixUpdate, first: Spectrum, energy: float | None) -> S
     q = int((values > noise).sum())
     if not 0 < q <= _LOW_RANK * update.small:
         return None
-    leading, _ = torch.linalg.qr(first.basis(q)[0].double())
+    rough = first.basis(q)[0].double()
+    # One step of subspace iteration: float32 vectors leave up to 1e-5 of dW outside their span.
+    powered = torch.zeros_like(rough)
+    for span in update.spans():
+        delta = update.block(*span, dtype=torch.float64).delta
+        powered += delta.T @ (delta @ rough)
+    leading, _ = torch.linalg.qr(powered)
     gram = leading.new_zeros(q, q)
     rest = 0.0
     for span in update.spans():
@@ -167,10 +175,11 @@ def _by_svd(update: MatrixUpdate) -> Spectrum | None:
     peak = _finite_peak(update)
     if peak == 0:
         return None
-    dense = update.block(0, update.long, dtype=torch.float64).delta * _power_of_two_below(1 / peak)
+    scale = _scale_for(peak, torch.float64)
+    dense = update.block(0, update.long, dtype=torch.float64).delta * scale
     _, values, right = torch.linalg.svd(dense, full_matrices=False)
     everywhere = torch.ones(update.small, dtype=torch.bool)
-    values = values.cpu() / _power_of_two_below(1 / peak)
+    values = values.cpu() / scale
     return Spectrum(values, "svd", True, _Known(right.T.flip(1)), everywhere)
 
 
@@ -202,6 +211,9 @@ def _finite_peak(update: MatrixUpdate) -> float:
     return peak
 
 
-def _power_of_two_below(x: float) -> float:
-    """Return a power of two: scaling by it changes no digit."""
-    return 2.0 ** (math.frexp(x)[1] - 1)
+def _scale_for(peak: float, dtype: torch.dtype) -> float:
+    """Return the power of two that brings `peak` to about 1: scaling by it changes no digit.
+
+    For a subnormal peak it stays within the range of `dtype`.
+    """
+    return 2.0 ** min(-math.frexp(peak)[1], 126 if dtype == torch.float32 else 1022)

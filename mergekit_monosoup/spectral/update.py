@@ -96,6 +96,8 @@ class MatrixUpdate:
             delta = part if delta is None else delta + part
         if delta is None:
             raise ValueError("an update needs at least one fine-tuned tensor")
+        # The layout decides on the order of sums: strided inputs must not give other last digits.
+        delta = delta.contiguous()
         if self.long_axis == 1:
             return Block(base if base is None else base.T, delta.T)
         return Block(base, delta)

@@ -1,0 +1,113 @@
+"""`mergekit-monosoup lora`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_monosoup.cli.failure import reported_errors
+
+if TYPE_CHECKING:
+    from mergekit_monosoup.lora.editing import EditedAdapter
+
+
+class _Rank(click.ParamType):  # type: ignore[type-arg]
+    """An integer, a share of the energy, or `auto`."""
+
+    name = "R|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str) or value == "auto":
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            pass
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor 'auto'", param, ctx)
+
+
+@click.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--energy", type=float, help="Fixed energy threshold in (0, 1]; left out: effective rank.")
+@click.option(
+    "--mixing",
+    type=click.Choice(["monosoup", "decay", "alignment", "uniform", "high", "low"]),
+    default="monosoup",
+    show_default=True,
+    help="MonoSoup, or one of its ablations.",
+)
+@click.option("--alpha", type=float, default=1.0, show_default=True, help="Wise-FT factor on the update.")
+@click.option(
+    "--rank",
+    type=_Rank(),
+    metavar="[R|auto]",
+    help="Write a smaller adapter: of this rank, keeping this share of the energy (0.95), or `auto` for the "
+    "split index of each module. Left out: the rank of the input; for several adapters, the sum.",
+)
+@click.option("--base", help="Base model (folder or Hub id): edits what is stored whole, and checks names.")
+@click.option("--overwrite", is_flag=True, help="Replace what OUT holds.")
+@click.option("--quiet", "-q", is_flag=True, help="Print errors and warnings only.")
+def lora(
+    adapters: tuple[str, ...],
+    out: Path,
+    energy: float | None,
+    mixing: Any,
+    alpha: float,
+    rank: Any,
+    base: str | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Edit a LoRA adapter by its factors; the base model is not needed.
+
+    ADAPTER is the folder or Hub id (or id@revision) of a PEFT adapter; several are averaged before the
+    edit. OUT becomes the folder of the edited adapter, of the same rank, scaling and dtype.
+    """
+    from mergekit_monosoup.lora.adapter import read_adapter
+    from mergekit_monosoup.lora.base import BaseModel
+    from mergekit_monosoup.lora.editing import AdapterOptions, edit_adapters
+    from mergekit_monosoup.lora.writer import refuse_occupied, write_adapter
+
+    with reported_errors():
+        options = AdapterOptions(energy, mixing, alpha, rank)
+        refuse_occupied(out, overwrite)
+        read = [read_adapter(source) for source in adapters]
+        lookup = BaseModel(base) if base else None
+        if lookup is not None:
+            for adapter in read:
+                lookup.check(adapter)
+        edited = edit_adapters(read, options, lookup)
+        write_adapter(edited, read, options, out, overwrite=overwrite)
+    for key in edited.kept:
+        reason = "the base has no tensor of that name and shape" if base else "give --base to edit it"
+        click.echo(f"Warning: {key} is stored whole and was kept as it is; {reason}.", err=True)
+    if not quiet:
+        _summarise(edited)
+        click.echo(f"Wrote {out}")
+
+
+def _summarise(edited: EditedAdapter) -> None:
+    changed = [r for r in edited.records if r.edit.matrices]
+    click.echo(
+        f"{len(edited.records)} modules, {len(edited.records) - len(changed)} of them without any update"
+    )
+    if not changed:
+        return
+    for label, values in (
+        ("rank", [float(r.rank) for r in changed]),
+        ("effective rank", [r.edit.effective_rank for r in changed]),
+        ("split index k", [float(r.edit.k) for r in changed]),
+        ("lambda_high", [r.edit.lambda_high for r in changed]),
+        ("lambda_low", [r.edit.lambda_low for r in changed]),
+        ("error of the smaller rank", [r.truncation_error for r in changed]),
+    ):
+        if label.startswith("error") and not any(values):
+            continue
+        click.echo(f"  {label:<26} mean {fmean(values):.4g}, from {min(values):.4g} to {max(values):.4g}")

@@ -1,0 +1,1 @@
+"""Greedy Soup: average checkpoints one by one as long as a held-out score improves."""

@@ -1,0 +1,1 @@
+"""LoRA adapters: read, edit and write them, and the updates that their factors stand for."""

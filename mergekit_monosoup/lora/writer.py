@@ -1,0 +1,118 @@
+"""Write an adapter: the whole folder, or nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+
+from mergekit_monosoup.errors import ConfigurationError
+from mergekit_monosoup.lora.adapter import COMPANIONS, Adapter
+from mergekit_monosoup.lora.editing import AdapterOptions, EditedAdapter, ModuleRecord
+
+LOG = logging.getLogger(__name__)
+
+RECORD_NAME = "monosoup_edit.json"
+
+
+def write_adapter(
+    edited: EditedAdapter,
+    adapters: Sequence[Adapter],
+    options: AdapterOptions,
+    out: Path,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write an edited adapter beside `out` and move it into place when it is complete.
+
+    The folder holds adapter_config.json and adapter_model.safetensors as peft writes them, the tokenizer
+    files of the first input, what was done to each module (`monosoup_edit.json`) and a model card.
+
+    Raises:
+        ConfigurationError: `out` exists and is not to be replaced.
+    """
+    refuse_occupied(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        staging.chmod(0o755)
+        provenance = _provenance(adapters, options)
+        metadata = {"format": "pt", "mergekit_monosoup": json.dumps(provenance)}
+        save_file(edited.tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)
+        _dump(staging / CONFIG_NAME, edited.settings)
+        _dump(staging / RECORD_NAME, provenance | {"modules": [_described(r) for r in edited.records]})
+        (staging / "README.md").write_text(_card(edited, adapters, options), "utf-8")
+        for name in COMPANIONS:
+            if (adapters[0].folder / name).is_file():
+                shutil.copy(adapters[0].folder / name, staging / name)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_occupied(out: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something, unless it may be replaced."""
+    if out.exists() and not out.is_dir():
+        raise ConfigurationError(f"output {out} is not a folder")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise ConfigurationError(
+            f"output folder {out} is not empty; choose another one, or pass --overwrite to replace it"
+        )
+
+
+def _dump(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _provenance(adapters: Sequence[Adapter], options: AdapterOptions) -> dict[str, Any]:
+    return {
+        "method": "monosoup",
+        "paper": "https://arxiv.org/abs/2602.09689",
+        "adapters": [a.source for a in adapters],
+        "options": asdict(options),
+    }
+
+
+def _described(record: ModuleRecord) -> dict[str, Any]:
+    edit = record.edit
+    described: dict[str, Any] = {"module": record.name, "rank": record.rank, "changed": bool(edit.matrices)}
+    if edit.matrices:
+        described |= {
+            "k": edit.k,
+            "effective_rank": edit.effective_rank,
+            "rho": edit.rho,
+            "cos_alpha": edit.cos_alpha,
+            "energy_kept": edit.energy_kept,
+            "lambda_high": edit.lambda_high,
+            "lambda_low": edit.lambda_low,
+        }
+    if record.truncation_error:
+        described["truncation_error"] = record.truncation_error
+    return described
+
+
+def _card(edited: EditedAdapter, adapters: Sequence[Adapter], options: AdapterOptions) -> str:
+    base = adapters[0].settings.get("base_model_name_or_path") or ""
+    sources = "\n".join(f"- {a.source}" for a in adapters)
+    rule = "effective rank" if options.energy is None else f"energy threshold {options.energy}"
+    kept = "".join(f"- {key}\n" for key in edited.kept)
+    header = f"base_model: {json.dumps(base)}\n" if base else ""
+    title = "Average of edited adapters" if len(adapters) > 1 else "Edited adapter"
+    card = (
+        f"---\n{header}library_name: peft\ntags:\n- lora\n- mergekit\n- monosoup\n---\n\n# {title}\n\n"
+        f"LoRA factors edited with MonoSoup (arXiv 2602.09689). Inputs:\n\n{sources}\n\n"
+        f"Split: {rule}; mixing: {options.mixing}; alpha: {options.alpha:g}; "
+        f"rank: {options.rank or 'as before'}. {RECORD_NAME} says what was done to each module.\n"
+    )
+    return f"{card}\nStored whole and kept as they were:\n\n{kept}" if kept else card

@@ -1,0 +1,64 @@
+"""What became of each tensor, for whoever asks in this thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from mergekit_monosoup.report.schema import Action
+from mergekit_monosoup.spectral.edit import EditRecord
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was done with one tensor, and why; `edit` is there for edited ones."""
+
+    tensor: str
+    action: Action | Literal["left out"]
+    reason: str = ""
+    edit: EditRecord | None = None
+
+
+@dataclass(frozen=True)
+class MergedWeight:
+    """The weight that a method has made of a group, what it has done, and why.
+
+    `edit` is there for edited ones; `update_norm`, ||dW||_F before any edit, where it was found anyway.
+    """
+
+    weight: Tensor
+    action: Action
+    reason: str = ""
+    edit: EditRecord | None = None
+    update_norm: float | None = None
+
+
+def below(threshold: float) -> str:
+    """Return the reason for leaving an update as it is that `min_relative_update` gives."""
+    return f"relative update below {threshold:g}"
+
+
+_listener: ContextVar[list[Outcome] | None] = ContextVar("_listener", default=None)
+
+
+@contextmanager
+def outcomes() -> Iterator[list[Outcome]]:
+    """Collect the outcomes of the merges in this context."""
+    collected: list[Outcome] = []
+    token = _listener.set(collected)
+    try:
+        yield collected
+    finally:
+        _listener.reset(token)
+
+
+def tell(outcome: Outcome) -> None:
+    """Say what was done with a tensor; nobody may be listening."""
+    collected = _listener.get()
+    if collected is not None:
+        collected.append(outcome)

@@ -1,0 +1,38 @@
+"""How weights are stored, and whether our methods can edit them so."""
+
+from __future__ import annotations
+
+from mergekit_monosoup.planning.headers import Checkpoint, StoredTensor
+from mergekit_monosoup.scales import scale_name
+
+_WEIGHT_SUFFIXES = ("weight", "qweight", "weight_packed", "blocks", "W_q", "weight:_data")
+
+
+def refused_storage(checkpoint: Checkpoint, tensor: StoredTensor) -> str | None:
+    """Return why a tensor cannot be edited as it is stored, None where it can."""
+    where = f"tensor {tensor.name} of {checkpoint.name} ({tensor.file}) is stored as {tensor.dtype}"
+    if tensor.dtype.startswith("float8") and scale_name(tensor.name, checkpoint.tensors) is None:
+        return (
+            f"{where} and has no scale beside it ({tensor.name}_scale_inv or {tensor.name}_scale), so its "
+            "values are not known; use the bfloat16 checkpoint that it was made from"
+        )
+    if _is_quantised_weight(tensor):
+        return f"{where}, so the checkpoint is quantised; dequantise it to float16, bfloat16 or float32 first"
+    return None
+
+
+def promoted_dtype(dtypes: set[str]) -> str:
+    """Return the dtype of a result where the recipe names none."""
+    if any(dtype.startswith("float8") for dtype in dtypes):
+        # What dequantised weights are stored as where the recipe names no dtype.
+        return "bfloat16"
+    for wide in ("float64", "float32"):
+        if wide in dtypes:
+            return wide
+    return next(iter(dtypes)) if len(dtypes) == 1 else "float32"
+
+
+def _is_quantised_weight(tensor: StoredTensor) -> bool:
+    """Say whether a tensor is a weight matrix stored as integers (GPTQ, AWQ, bitsandbytes and the like)."""
+    matrix = len(tensor.shape) >= 2 and tensor.name.endswith(_WEIGHT_SUFFIXES)
+    return matrix and (not tensor.is_floating or tensor.dtype.startswith("float4"))

@@ -1,0 +1,83 @@
+"""Stacks of equal small matrices (experts, filter banks), decomposed many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_monosoup.errors import NonFiniteError
+from mergekit_monosoup.spectral.certify import gram_doubt, is_certain
+from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
+from mergekit_monosoup.spectral.split import effective_rank, split_index
+
+# Above this size the time of one decomposition dwarfs that of calling it.
+LARGEST_SMALL_SIDE = 128
+_CPU_ENTRIES = 1 << 20
+_DEVICE_ENTRIES = 1 << 26
+
+
+def batches(shape: tuple[int, int, int], device: torch.device) -> Iterator[slice]:
+    """Yield parts of a stack `[matrices, rows, columns]` that are worked on together."""
+    entries = _CPU_ENTRIES if device.type == "cpu" else _DEVICE_ENTRIES
+    step = max(1, entries // (shape[1] * shape[2]))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def stacked_update(base: Tensor | None, tuned: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return dW of a part of a stack in float32."""
+    parts = [t.float() if base is None else t.float() - base.float() for t in tuned]
+    return sum((p * w for p, w in zip(parts[1:], weights[1:], strict=True)), parts[0] * weights[0])
+
+
+class BatchedSpectra:
+    """Spectra of equal matrices `[matrices, rows, columns]`, by Gram matrices in float64.
+
+    Args:
+        delta: the updates, float32.
+
+    Raises:
+        NonFiniteError: NaN or infinity in an update.
+    """
+
+    def __init__(self, delta: Tensor) -> None:
+        peaks = delta.abs().amax(dim=(1, 2)).double()
+        if not bool(torch.isfinite(peaks).all()):
+            raise NonFiniteError("an update holds NaN or infinity")
+        self._wide = delta.shape[1] < delta.shape[2]
+        # Powers of two, so that no square leaves the range of float64.
+        scales = torch.exp2(-torch.frexp(peaks).exponent.double())
+        exact = delta.double() * scales[:, None, None]
+        gram = exact @ exact.mT if self._wide else exact.mT @ exact
+        values, vectors = torch.linalg.eigh(gram)
+        self._vectors: Tensor = vectors
+        # One copy for all decisions of the batch.
+        self._values: Tensor = (values.flip(1).clamp(min=0).sqrt() / scales[:, None]).cpu()
+        self._diagonal = (gram.diagonal(dim1=1, dim2=2) / scales[:, None] ** 2).cpu()
+
+    def values(self, index: int) -> Tensor:
+        """Return the singular values of one matrix, `[r]`, descending, float64 on the CPU."""
+        return self._values[index]
+
+    def split(
+        self, index: int, energy: float | None, mixing: Mixing
+    ) -> tuple[int, float, Coefficients] | None:
+        """Return k, effective rank and coefficients of one matrix, or None where they are in doubt."""
+        values = self._values[index]
+        if not is_certain(values, gram_doubt(values, self._diagonal[index], torch.float64), energy):
+            return None
+        k = split_index(values, energy)
+        return k, effective_rank(values), mixing_coefficients(values, k, mixing)
+
+    def apply(self, delta: Tensor, factors: Tensor) -> Tensor:
+        """Return sum_i f_i s_i u_i v_i^T for every matrix.
+
+        Args:
+            delta: the updates, float32 `[matrices, rows, columns]`.
+            factors: f `[matrices, r]`, for descending singular values.
+        """
+        f = factors.flip(1).to(self._vectors)
+        mixed = ((self._vectors * f[:, None, :]) @ self._vectors.mT).to(delta.dtype)
+        return mixed @ delta if self._wide else delta @ mixed

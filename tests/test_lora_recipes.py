@@ -1,0 +1,537 @@
+"""`base+adapter` inputs of recipes: values by the factors, cache folders that can be trusted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+from adapters import KINDS, base_model, fill, load_adapter, make_adapter, updates
+from click.testing import CliRunner, Result
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from oracle import monosoup_update
+from safetensors.torch import load_file, save_file
+
+from mergekit_monosoup.cli import main
+from mergekit_monosoup.lora import exact
+from mergekit_monosoup.lora.cache import MARKER
+from mergekit_monosoup.lora.hollow import NameMap
+
+SPACING = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
+
+
+def test_names_of_older_checkpoints_are_found():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = sizes | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96}
+    vision = sizes | {"image_size": 28, "patch_size": 14}
+    gemma = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    mixtral = transformers.MixtralConfig(**text, num_local_experts=4)
+    with torch.device("meta"):
+        seeing = NameMap(transformers.Gemma3ForConditionalGeneration(gemma))
+        experts = NameMap(transformers.MixtralForCausalLM(mixtral))
+    new = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert seeing.resolve(new) == new
+    assert seeing.resolve("language_model.model.layers.0.self_attn.q_proj.weight") == new
+    assert seeing.resolve("language_model.model.layers.7.self_attn.q_proj.weight") is None
+    gate = "model.layers.0.mlp.gate.weight"
+    assert experts.resolve("model.layers.0.block_sparse_moe.gate.weight") == gate
+    # One expert of a stack is no tensor of the model.
+    assert experts.resolve("model.layers.0.block_sparse_moe.experts.1.w1.weight") is None
+
+
+@pytest.fixture(autouse=True)
+def _fresh_loaders(registered):
+    LoaderCache.loaders.clear()
+    exact.forget()
+    yield
+    LoaderCache.loaders.clear()
+    exact.forget()
+
+
+def write_base(kind: str, folder: Path, dtype: str = "bfloat16") -> Path:
+    model = base_model(kind).to(getattr(torch, dtype))
+    model.config.dtype = getattr(torch, dtype)
+    model.save_pretrained(folder)
+    return folder
+
+
+def recipe(base: Path, *models: object, **keys: object) -> dict:
+    parameters = keys.pop("parameters", {})
+    return {
+        "merge_method": "monosoup",
+        "base_model": str(base),
+        "models": [{"model": str(model)} for model in models],
+        "parameters": parameters,
+        "dtype": "bfloat16",
+        **keys,
+    }
+
+
+def merge(tmp_path: Path, config: dict, out: str = "out", *options: str) -> Result:
+    LoaderCache.loaders.clear()
+    exact.forget()
+    file = tmp_path / f"{out}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    arguments = [
+        "merge",
+        file,
+        tmp_path / out,
+        "--lora-merge-cache",
+        tmp_path / "cache",
+        "--no-copy-tokenizer",
+    ]
+    return CliRunner().invoke(main, [str(a) for a in [*arguments, "--quiet", *options]])
+
+
+def merged(tmp_path: Path, config: dict, out: str = "out", *options: str) -> dict[str, torch.Tensor]:
+    result = merge(tmp_path, config, out, *options)
+    assert result.exit_code == 0, result.output
+    tensors = {}
+    for file in (tmp_path / out).glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def oracle_edit(dw: np.ndarray, **options: object) -> np.ndarray:
+    if dw.ndim == 1:
+        return dw
+    if dw.ndim == 3:
+        return np.stack([monosoup_update(m, **options)[0] for m in dw])
+    return monosoup_update(dw, **options)[0]
+
+
+def exact_updates(kind: str, adapter: Path) -> dict[str, np.ndarray]:
+    """dW in float32 of every tensor of the model, by its name: what peft's own merge adds."""
+    base = base_model(kind).state_dict()
+    after = load_adapter(kind, adapter).merge_and_unload().state_dict()
+    factors = {}
+    for name, dw in updates(load_adapter(kind, adapter)).items():
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if f"{plain}.weight" in base:
+            factors[f"{plain}.weight"] = dw.double().numpy()
+    return {
+        n: factors.get(n, after[n].double().numpy() - base[n].double().numpy())
+        for n in base
+        if n in factors or not torch.equal(base[n], after[n])
+    }
+
+
+YAML_KINDS = [k for k in KINDS if k != "convolutions"]
+
+
+@pytest.mark.parametrize("kind", YAML_KINDS)
+def test_every_kind_takes_its_update_from_the_factors(kind, tmp_path):
+    base, adapter = write_base(kind, tmp_path / "base"), make_adapter(kind, tmp_path / "adapter")
+    tensors = merged(tmp_path, recipe(base, f"{base}+{adapter}"))
+    stored = {n: t.bfloat16() for n, t in base_model(kind).state_dict().items()}
+    changes = exact_updates(kind, adapter)
+    assert changes
+    for name, tensor in tensors.items():
+        if name not in changes:
+            assert torch.equal(tensor, stored[name]), name
+            continue
+        want = stored[name].double().numpy() + oracle_edit(changes[name])
+        if name in ("lm_head.weight", "model.norm.weight") * (kind == "saved-modules") or name.endswith(
+            ".bias"
+        ):
+            # A tensor saved whole: its update is against the base as stored, in bfloat16.
+            whole = base_model(kind).state_dict()[name].double().numpy() + changes[name]
+            want = stored[name].double().numpy()
+            want = want + oracle_edit(whole - want)
+        error = np.abs(tensor.double().numpy() - want)
+        # Half a spacing, and what float32 leaves of the sum.
+        assert (error <= SPACING["bfloat16"] / 2 * np.abs(want) + 1e-6 * np.abs(want).max()).all(), name
+    assert set(changes) <= set(tensors)
+
+
+@pytest.mark.parametrize("kind", ["plain", "conv1d-gpt2", "experts-qwen3", "experts-mixtral", "embeddings"])
+def test_without_an_edit_it_is_what_peft_merges(kind, tmp_path):
+    base = write_base(kind, tmp_path / "base")
+    adapter = make_adapter(kind, tmp_path / "adapter", base_dtype=torch.bfloat16)
+    tensors = merged(tmp_path, recipe(base, f"{base}+{adapter}", parameters={"edit": False}))
+    stored = base_model(kind).bfloat16()
+    w0 = {n: t.double() for n, t in stored.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        in_float32 = peft.PeftModel.from_pretrained(base_model(kind).bfloat16().float(), adapter)
+        in_bfloat16 = peft.PeftModel.from_pretrained(stored, adapter)
+    once = in_float32.merge_and_unload().state_dict()
+    twice = in_bfloat16.merge_and_unload().state_dict()
+    for name, tensor in tensors.items():
+        got, want = tensor.double(), once[name].bfloat16().double()
+        assert ((got - want).abs() <= SPACING["bfloat16"] * want.abs()).all(), name
+        # In bfloat16 peft rounds dW before it adds it: a spacing of the largest of the three.
+        dw = (once[name].double() - w0[name]).abs()
+        largest = torch.maximum(torch.maximum(dw, w0[name].abs()), want.abs())
+        assert ((got - twice[name].double()).abs() <= SPACING["bfloat16"] * largest).all(), name
+
+
+def test_the_merge_would_have_split_in_noise(tmp_path):
+    """What the parameter is for: the effective rank of the factors, not of the rounding."""
+    base = write_base("plain", tmp_path / "base")
+    adapter = make_adapter("plain", tmp_path / "adapter", scale=0.01)
+    config = recipe(base, f"{base}+{adapter}", dtype="float32")
+    by_factors = merged(tmp_path, config, "factors")
+    by_merge = merged(tmp_path, config | {"parameters": {"exact_lora": False}}, "merge")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    w0 = base_model("plain").bfloat16().state_dict()[name].double().numpy()
+    want = oracle_edit(exact_updates("plain", adapter)[name])
+    assert np.linalg.norm(by_factors[name].double().numpy() - w0 - want) <= 1e-4 * np.linalg.norm(want)
+    assert np.linalg.norm(by_merge[name].double().numpy() - w0 - want) >= 0.1 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(
+    "options", [{"energy": 0.8}, {"mixing": "uniform"}, {"alpha": 0.5}, {"min_relative_update": 1e-9}]
+)
+def test_parameters_of_the_edit(options, tmp_path):
+    base = write_base("plain", tmp_path / "base", "float32")
+    adapter = make_adapter("plain", tmp_path / "adapter")
+    tensors = merged(tmp_path, recipe(base, f"{base}+{adapter}", parameters=options, dtype="float32"))
+    stored = base_model("plain").state_dict()
+    kwargs = {k: v for k, v in options.items() if k in ("energy", "mixing")}
+    for name, dw in exact_updates("plain", adapter).items():
+        want = stored[name].double().numpy() + options.get("alpha", 1.0) * oracle_edit(dw, **kwargs)
+        assert np.abs(tensors[name].double().numpy() - want).max() <= 1e-6 * np.abs(want).max()
+
+
+def test_several_adapters_are_averaged(tmp_path):
+    base = write_base("plain", tmp_path / "base", "float32")
+    one = make_adapter("plain", tmp_path / "one", seed=1)
+    two = make_adapter("plain", tmp_path / "two", seed=2, r=3, target_modules=["q_proj", "k_proj"])
+    config = recipe(base, dtype="float32")
+    config["models"] = [
+        {"model": f"{base}+{one}", "parameters": {"weight": 3}},
+        {"model": f"{base}+{two}", "parameters": {"weight": 1}},
+    ]
+    tensors = merged(tmp_path, config)
+    first, second = exact_updates("plain", one), exact_updates("plain", two)
+    stored = base_model("plain").state_dict()
+    for name in tensors:
+        if name not in first and name not in second:
+            assert torch.equal(tensors[name], stored[name])
+            continue
+        dw = 0.75 * first.get(name, 0) + 0.25 * second.get(name, 0)
+        want = stored[name].double().numpy() + oracle_edit(dw)
+        assert np.abs(tensors[name].double().numpy() - want).max() <= 1e-6 * np.abs(want).max()
+
+
+def test_adapters_and_full_checkpoints_mix(tmp_path):
+    base = write_base("plain", tmp_path / "base", "float32")
+    adapter = make_adapter("plain", tmp_path / "adapter")
+    tuned = base_model("plain")
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    tuned.save_pretrained(tmp_path / "tuned")
+    tensors = merged(tmp_path, recipe(base, f"{base}+{adapter}", tmp_path / "tuned", dtype="float32"))
+    stored, full = base_model("plain").state_dict(), tuned.state_dict()
+    changes = exact_updates("plain", adapter)
+    for name, tensor in tensors.items():
+        w0 = stored[name].double().numpy()
+        dw = (changes.get(name, 0) + full[name].double().numpy() - w0) / 2
+        want = w0 + oracle_edit(dw)
+        assert np.abs(tensor.double().numpy() - want).max() <= 3e-6 * np.abs(want).max(), name
+
+
+def test_tied_embeddings_follow(tmp_path):
+    """One parameter under two names: an adapter on either changes what both stand for."""
+    model = KINDS["plain"].build
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        tied = model(tie_word_embeddings=True).float()
+    tied.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(tied, peft.LoraConfig(r=3, target_modules=["embed_tokens"]))
+        fill(adapted, 1)
+        adapted.save_pretrained(tmp_path / "adapter")
+        dw = adapted.base_model.model.model.embed_tokens.get_delta_weight("default").detach()
+    w0 = load_file(tmp_path / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    base = tmp_path / "base"
+    tensors = merged(tmp_path, recipe(base, f"{base}+{tmp_path / 'adapter'}", dtype="float32"))
+    want = w0.double().numpy() + oracle_edit(dw.double().numpy())
+    assert np.abs(tensors["model.embed_tokens.weight"].double().numpy() - want).max() <= 1e-6
+
+
+def test_lora_bias_is_exact(tmp_path):
+    base = write_base("lora-bias", tmp_path / "base")
+    adapter = make_adapter("lora-bias", tmp_path / "adapter")
+    tensors = merged(tmp_path, recipe(base, f"{base}+{adapter}"))
+    factors = load_file(adapter / "adapter_model.safetensors")
+    stored = base_model("lora-bias").bfloat16().state_dict()
+    name = "model.layers.0.self_attn.q_proj"
+    want = stored[f"{name}.bias"].float() + 6 / 4 * factors[f"base_model.model.{name}.lora_B.bias"]
+    assert torch.equal(tensors[f"{name}.bias"], want.bfloat16())
+
+
+def _warnings(caplog) -> list[str]:
+    return [
+        r.getMessage()
+        for r in caplog.records
+        if r.name.startswith("mergekit_monosoup.lora") and r.levelno >= logging.WARNING
+    ]
+
+
+def test_what_is_not_linear_takes_the_merge_and_says_so_once(tmp_path, caplog):
+    base = write_base("plain", tmp_path / "base")
+    adapter = make_adapter("plain", tmp_path / "adapter", use_dora=True)
+    with caplog.at_level(logging.WARNING):
+        by_merge = merged(tmp_path, recipe(base, f"{base}+{adapter}"))
+    (message,) = _warnings(caplog)
+    assert "use_dora" in message
+    assert "merged weights" in message
+    plainly = merged(tmp_path, recipe(base, f"{base}+{adapter}", parameters={"exact_lora": False}), "plainly")
+    assert all(torch.equal(plainly[n], by_merge[n]) for n in plainly)
+
+
+def test_another_base_model_takes_the_merge_and_says_so(tmp_path, caplog):
+    base, other = write_base("plain", tmp_path / "base"), write_base("plain", tmp_path / "other")
+    adapter = make_adapter("plain", tmp_path / "adapter")
+    with caplog.at_level(logging.WARNING):
+        merged(tmp_path, recipe(other, f"{base}+{adapter}"))
+    (message,) = _warnings(caplog)
+    assert "base_model is" in message
+
+
+def test_spelling_of_the_base_does_not_matter(tmp_path, caplog):
+    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
+    with caplog.at_level(logging.WARNING):
+        merged(tmp_path, recipe(base, f"{tmp_path}/./base/+{adapter}"))
+    assert _warnings(caplog) == []
+
+
+def test_stock_mergekit_takes_the_factors_too(tmp_path):
+    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
+    ours = merged(tmp_path, recipe(base, f"{base}+{adapter}"))
+    LoaderCache.loaders.clear()
+    exact.forget()
+    config = MergeConfiguration.model_validate(recipe(base, f"{base}+{adapter}"))
+    options = MergeOptions(lora_merge_cache=str(tmp_path / "stock-cache"), copy_tokenizer=False, quiet=True)
+    run_merge(config, str(tmp_path / "stock"), options)
+    stock = load_file(tmp_path / "stock" / "model.safetensors")
+    assert all(torch.equal(ours[n], stock[n]) for n in stock)
+
+
+def test_adapter_of_another_base_is_refused_before_anything_is_written(tmp_path):
+    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("conv1d-gpt2", tmp_path / "adapter")
+    result = merge(tmp_path, recipe(base, f"{base}+{adapter}"))
+    assert result.exit_code == 1
+    assert "does not fit base" in result.output or "is not of base" in result.output
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_unknown_names_are_refused(tmp_path):
+    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    tensors = {k.replace("layers.2", "layers.9"): v for k, v in load_file(file).items()}
+    save_file(tensors, file)
+    result = merge(tmp_path, recipe(base, f"{base}+{adapter}"))
+    assert result.exit_code == 1
+    assert "names do not match" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_renumbered_layers_are_not_given_the_wrong_factors(tmp_path):
+    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
+    tuned = f"{base}+{adapter}"
+    sources = [[{"model": m, "layer_range": [i, i + 1]} for m in (tuned, str(base))] for i in (0, 2)]
+    config = recipe(base) | {"slices": [{"sources": s} for s in sources]}
+    del config["models"]
+    result = merge(tmp_path, config)
+    assert result.exit_code == 1
+    assert "exact_lora: false" in result.output
+    tensors = merged(tmp_path, config | {"parameters": {"exact_lora": False}})
+    assert "model.layers.1.self_attn.q_proj.weight" in tensors
+
+
+# The cache
+
+
+def _place(tmp_path: Path) -> Path:
+    (folder,) = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    return folder
+
+
+def test_a_cache_folder_is_needed(tmp_path):
+    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(base, f"{base}+{adapter}")))
+    result = CliRunner().invoke(main, ["merge", str(file), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "--lora-merge-cache" in result.output
+
+
+def test_a_finished_merge_is_used_again(tmp_path, caplog):
+    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
+    merged(tmp_path, recipe(base, f"{base}+{adapter}"))
+    before = os.stat(_place(tmp_path) / "model.safetensors").st_mtime_ns
+    assert (_place(tmp_path) / MARKER).is_file()
+    with caplog.at_level(logging.WARNING):
+        merged(tmp_path, recipe(base, f"{base}+{adapter}"), "again")
+    assert _warnings(caplog) == []
+    assert os.stat(_place(tmp_path) / "model.safetensors").st_mtime_ns == before
+
+
+def _interrupt(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (_interrupt, "no marker"),
+        (lambda folder: (folder / MARKER).unlink(), "no marker"),
+        (lambda folder: (folder / MARKER).write_text("{"), "damaged marker"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "incomplete"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (_truncate, "incomplete"),
+    ],
+    ids=["interrupted", "without marker", "broken marker", "without weights", "without config", "cut off"],
+)
+def test_half_written_folders_are_merged_again(damage, word, tmp_path, caplog):
+    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
+    config = recipe(base, f"{base}+{adapter}")
+    want = merged(tmp_path, config)
+    damage(_place(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        got = merged(tmp_path, config, "again")
+    (message,) = _warnings(caplog)
+    assert word in message
+    assert "merging" in message
+    assert all(torch.equal(got[n], want[n]) for n in want)
+    assert json.loads((_place(tmp_path) / MARKER).read_text())["base"] == str(base)
+
+
+def test_another_dtype_is_merged_again(tmp_path, caplog):
+    base = write_base("plain", tmp_path / "base", "float32")
+    adapter = make_adapter("plain", tmp_path / "adapter")
+    config = recipe(base, f"{base}+{adapter}", dtype="float32")
+    merged(tmp_path, config, "half", "--lora-merge-dtype", "bfloat16")
+    with caplog.at_level(logging.WARNING):
+        merged(tmp_path, config, "whole", "--lora-merge-dtype", "float32")
+    (message,) = _warnings(caplog)
+    assert "another dtype" in message
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert load_file(_place(tmp_path) / "model.safetensors")[name].dtype == torch.float32
+
+
+def test_a_retrained_adapter_is_merged_again(tmp_path, caplog):
+    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
+    config = recipe(base, f"{base}+{adapter}")
+    first = merged(tmp_path, config)
+    make_adapter("plain", adapter, seed=99)
+    with caplog.at_level(logging.WARNING):
+        second = merged(tmp_path, config, "again")
+    assert "another adapter" in _warnings(caplog)[0]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(first[name], second[name])
+
+
+def test_a_stale_cache_is_noticed_under_stock_mergekit(tmp_path):
+    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
+    reference = ModelReference.parse(f"{base}+{adapter}")
+    reference.merged(cache_dir=str(tmp_path / "cache"))
+    make_adapter("plain", adapter, seed=99)
+    config = MergeConfiguration.model_validate(recipe(base, f"{base}+{adapter}"))
+    options = MergeOptions(lora_merge_cache=str(tmp_path / "cache"), copy_tokenizer=False, quiet=True)
+    with pytest.raises(Exception, match="is not base \\+ adapter"):
+        run_merge(config, str(tmp_path / "stock"), options)
+
+
+def test_a_failing_merge_leaves_no_folder(tmp_path, monkeypatch):
+    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
+    result = merge(tmp_path, recipe(base, f"{base}+{adapter}"))
+    assert result.exit_code == 1
+    assert "no space left" in result.output
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+def _old_mixtral(folder: Path) -> Path:
+    """An adapter as transformers 4 saved it: one pair of factors for each projection of each expert."""
+    sizes = {"w1": (48, 32), "w2": (32, 48), "w3": (48, 32), "q_proj": (32, 32)}
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for layer in range(2):
+        names = {f"block_sparse_moe.experts.{e}.{w}": w for e in range(4) for w in ("w1", "w2", "w3")}
+        for name, kind in (names | {"self_attn.q_proj": "q_proj"}).items():
+            rows, columns = sizes[kind]
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{key}.lora_A.weight"] = 0.1 * torch.randn(4, columns, generator=generator)
+            tensors[f"{key}.lora_B.weight"] = 0.1 * torch.randn(rows, 4, generator=generator)
+    peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "w1", "w2", "w3"]).save_pretrained(
+        str(folder)
+    )
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_adapters_of_older_model_classes_are_converted_by_peft(tmp_path):
+    base = write_base("experts-mixtral", tmp_path / "base", "float32")
+    adapter = _old_mixtral(tmp_path / "adapter")
+    tensors = merged(tmp_path, recipe(base, f"{base}+{adapter}", dtype="float32"))
+    stored = base_model("experts-mixtral").state_dict()
+    factors = load_file(adapter / "adapter_model.safetensors")
+
+    def dw(key: str) -> np.ndarray:
+        b, a = (factors[f"base_model.model.model.layers.{key}.lora_{x}.weight"].double() for x in "BA")
+        return 1.5 * (b @ a).numpy()
+
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        experts = [f"{layer}.block_sparse_moe.experts.{e}" for e in range(4)]
+        updates_by_name = {
+            f"{prefix}.gate_up_proj": np.stack(
+                [np.concatenate([dw(f"{e}.w1"), dw(f"{e}.w3")]) for e in experts]
+            ),
+            f"{prefix}.down_proj": np.stack([dw(f"{e}.w2") for e in experts]),
+            f"model.layers.{layer}.self_attn.q_proj.weight": dw(f"{layer}.self_attn.q_proj"),
+        }
+        for name, update in updates_by_name.items():
+            want = stored[name].double().numpy() + oracle_edit(update)
+            assert np.abs(tensors[name].double().numpy() - want).max() <= 1e-6 * np.abs(want).max(), name
+    result = CliRunner().invoke(main, ["lora", str(adapter), str(tmp_path / "edited")])
+    assert result.exit_code == 0, result.output
+
+
+def test_trained_tokens_take_the_merge_and_the_rest_the_factors(tmp_path, caplog):
+    base = write_base("plain", tmp_path / "base")
+    options = {"trainable_token_indices": {"embed_tokens": [1, 5]}}
+    adapter = make_adapter("plain", tmp_path / "adapter", **options)
+    config = recipe(base, f"{base}+{adapter}", parameters={"edit": False})
+    with caplog.at_level(logging.WARNING):
+        tensors = merged(tmp_path, config)
+    (message,) = _warnings(caplog)
+    assert "model.embed_tokens.weight" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(base_model("plain").bfloat16(), adapter).merge_and_unload()
+    name = "model.embed_tokens.weight"
+    assert torch.equal(tensors[name], model.state_dict()[name])
+    assert not torch.equal(tensors[name], base_model("plain").bfloat16().state_dict()[name])
