@@ -19,6 +19,7 @@ from mergekit_monosoup.spectral.batch import (
 )
 from mergekit_monosoup.spectral.matrix import MatrixView, ViewKind, choose_view
 from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
+from mergekit_monosoup.spectral.products import add_projection, one_torch_thread
 from mergekit_monosoup.spectral.spectrum import Backend, decompose
 from mergekit_monosoup.spectral.split import effective_rank, split_index
 from mergekit_monosoup.spectral.update import MatrixUpdate
@@ -264,7 +265,8 @@ def _edit_matrix(update: MatrixUpdate, out: Tensor, options: EditOptions) -> Mat
         part = c.lambda_low - whole if complement else c.lambda_high - whole
     record = MatrixRecord(rank, k, effective_rank(values), c, spectrum.backend)
     del spectrum
-    _apply(update, out, options.alpha * whole, options.alpha * part, basis)
+    with one_torch_thread(update.device):
+        _apply(update, out, options.alpha * whole, options.alpha * part, basis)
     return record
 
 
@@ -283,5 +285,5 @@ def _apply(update: MatrixUpdate, out: Tensor, whole: float, part: float, basis: 
         if block.base is not None:
             value += block.base
         if basis is not None:
-            value.addmm_(block.delta @ basis, basis.T, alpha=part)
+            add_projection(value, block.delta, basis, part)
         update.write(out, start, stop, value)

@@ -21,8 +21,9 @@ from mergekit_monosoup.spectral.certify import (
     is_certain,
     subspace_is_certain,
 )
-from mergekit_monosoup.spectral.eigen import DenseEigen, GramAccumulator, VectorSource
+from mergekit_monosoup.spectral.eigen import DenseEigen, VectorSource, decomposed
 from mergekit_monosoup.spectral.precision import full_float32
+from mergekit_monosoup.spectral.products import GramSum, one_torch_thread
 from mergekit_monosoup.spectral.split import split_index
 from mergekit_monosoup.spectral.update import MatrixUpdate
 
@@ -85,7 +86,7 @@ def decompose(
     """
     if backend == "svd" or (backend == "auto" and update.dtype == torch.float64):
         return _by_svd(update)
-    with full_float32(update.device):
+    with full_float32(update.device), one_torch_thread(update.device):
         if update.dtype == torch.float32:
             first = _by_gram(update, torch.float32, energy)
             if first is None or first.certain:
@@ -113,7 +114,11 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
         gram = _accumulated(update, dtype, scale)
     diagonal = gram.diagonal() / scale**2
     live = diagonal > 0
-    eigen = gram.eigen(live)
+    total = gram.take()
+    if not bool(live.all()):
+        kept = live.to(total.device)
+        total = total[kept][:, kept].contiguous()
+    eigen = decomposed(total)
     values = eigen.values.flip(0).clamp(min=0).sqrt() / scale
     certain = is_certain(values, gram_doubt(values, diagonal, dtype), energy) and subspace_is_certain(
         values, diagonal, dtype, split_index(values, energy)
@@ -121,8 +126,8 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
     return Spectrum(values, "gram32" if dtype == torch.float32 else "gram64", certain, eigen, live)
 
 
-def _accumulated(update: MatrixUpdate, dtype: torch.dtype, scale: float) -> GramAccumulator:
-    gram = GramAccumulator(update.small, dtype, update.device)
+def _accumulated(update: MatrixUpdate, dtype: torch.dtype, scale: float) -> GramSum:
+    gram = GramSum(update.small, dtype, update.device)
     for span in update.spans():
         delta = update.block(*span, dtype=dtype).delta
         gram.add(delta if scale == 1 else delta * scale)
