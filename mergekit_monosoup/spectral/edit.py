@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -208,12 +209,16 @@ def _edit_stack(
             w0 = None if base is None else base[part]
             records += _edit_batch(w0, [t[part] for t in tuned], weights, out[part], options)
         return records
-    return [
-        _edit_matrix(
-            MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights), out[i], options
-        )
-        for i in range(len(out))
-    ]
+    by_svd = options.spectrum == "svd" or tuned[0].dtype == torch.float64
+    with nullcontext() if by_svd else one_torch_thread(out.device):
+        return [
+            _edit_matrix(
+                MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights),
+                out[i],
+                options,
+            )
+            for i in range(len(out))
+        ]
 
 
 def _edit_batch(
@@ -265,8 +270,7 @@ def _edit_matrix(update: MatrixUpdate, out: Tensor, options: EditOptions) -> Mat
         part = c.lambda_low - whole if complement else c.lambda_high - whole
     record = MatrixRecord(rank, k, effective_rank(values), c, spectrum.backend)
     del spectrum
-    with one_torch_thread(update.device):
-        _apply(update, out, options.alpha * whole, options.alpha * part, basis)
+    _apply(update, out, options.alpha * whole, options.alpha * part, basis)
     return record
 
 

@@ -23,7 +23,7 @@ from mergekit_monosoup.spectral.certify import (
 )
 from mergekit_monosoup.spectral.eigen import DenseEigen, VectorSource, decomposed
 from mergekit_monosoup.spectral.precision import full_float32
-from mergekit_monosoup.spectral.products import GramSum, one_torch_thread
+from mergekit_monosoup.spectral.products import GramSum
 from mergekit_monosoup.spectral.split import split_index
 from mergekit_monosoup.spectral.update import MatrixUpdate
 
@@ -86,7 +86,7 @@ def decompose(
     """
     if backend == "svd" or (backend == "auto" and update.dtype == torch.float64):
         return _by_svd(update)
-    with full_float32(update.device), one_torch_thread(update.device):
+    with full_float32(update.device):
         if update.dtype == torch.float32:
             first = _by_gram(update, torch.float32, energy)
             if first is None or first.certain:
