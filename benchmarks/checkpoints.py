@@ -1,4 +1,4 @@
-"""Checkpoints in the shape of Qwen3-0.6B, written tensor by tensor, and a check of what comes out of a merge."""
+"""Checkpoints in the shape of Qwen3-0.6B, and a check of what comes out of a merge of them."""
 
 from __future__ import annotations
 
@@ -122,7 +122,9 @@ def verify(base: Path, tuned: Path, merged: Path, method: str, largest: int) -> 
             compared += 1
             if method == "linear":
                 exact = (w0.double() + w1.double()) / 2
-                assert ((result.double() - exact).abs() <= cases.half_spacing(exact, w0.dtype) * 1.01).all(), name
+                assert (
+                    (result.double() - exact).abs() <= cases.half_spacing(exact, w0.dtype) * 1.01
+                ).all(), name
             elif w0.ndim < 2:
                 assert torch.equal(result, w1), name
             else:

@@ -41,7 +41,9 @@ class Table:
     def __str__(self) -> str:
         cells = [list(self.columns), *([shown(cell) for cell in row] for row in self.rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells
+        ]
         return "\n".join(["", self.title, *lines, *([self.note] if self.note else [])])
 
 

@@ -62,7 +62,9 @@ def _layers(quick: bool) -> tuple[Table, dict[str, float]]:
 def _line(x: tuple[int, ...], y: list[float]) -> tuple[float, float]:
     """Return slope and intercept of the least-squares line."""
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum(
+        (a - mean_x) ** 2 for a in x
+    )
     return slope, mean_y - slope * mean_x
 
 

@@ -55,12 +55,16 @@ def main() -> None:
             if name != "embedding" and (kind, dtype) == CASES[1]:
                 yardstick = child("svd", kind, dtype, rows, columns)["copies"]
             case = f"{kind} {'bf16' if dtype == 'bfloat16' else 'fp32'}"
-            table.add(name, f"{rows} x {columns}", case, found["copies"], found["k"], found["backend"], yardstick)
+            table.add(
+                name, f"{rows} x {columns}", case, found["copies"], found["k"], found["backend"], yardstick
+            )
             peaks[name, dtype] = max(peaks.get((name, dtype), 0.0), found["copies"])
     bf16 = {name: peak for (name, dtype), peak in peaks.items() if dtype == "bfloat16"}
     figures = {
         "copies, embedding": bf16["embedding"],
-        "copies, largest matrix of a layer": max(bf16[name] for name in bf16 if "up_proj" in name or "down" in name),
+        "copies, largest matrix of a layer": max(
+            bf16[name] for name in bf16 if "up_proj" in name or "down" in name
+        ),
         "copies, smallest matrix of a layer": bf16["k_proj, v_proj"],
         "copies, full SVD at most": max(row[-1] for row in table.rows if row[-1] is not None),
     }

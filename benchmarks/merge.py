@@ -68,7 +68,11 @@ def _run(folder: Path, options: argparse.Namespace) -> None:
         figures[f"{method} above linear, peak memory in copies"] = (
             peaks[label] - peaks["linear, 3 models"]
         ) / copy
-    command = "stock mergekit-yaml by the start-up hook" if hook_is_installed() else "mergekit's own main, methods registered"
+    command = (
+        "stock mergekit-yaml by the start-up hook"
+        if hook_is_installed()
+        else "mergekit's own main, methods registered"
+    )
     details = {**size, "tensors compared with float64 beforehand": compared, "command": command}
     common.report("merge", options, [table], figures, details)
 

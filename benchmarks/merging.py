@@ -1,4 +1,4 @@
-"""Whole merges as processes of their own: recipes, the command, generated checkpoints. Imports nothing heavy."""
+"""Whole merges as processes of their own: recipes, command, checkpoints. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ def write_checkpoints(folder: Path, layers: int, vocabulary: int, tuned: int = 1
 
 def verify(folder: Path, merged: Path, method: str, largest: int) -> int:
     """Check a merge against float64; return the number of tensors compared."""
-    command = [sys.executable, HELPER, "verify", folder / "base", folder / "tuned1", merged, method, str(largest)]
+    command = [
+        sys.executable,
+        HELPER,
+        "verify",
+        folder / "base",
+        folder / "tuned1",
+        merged,
+        method,
+        str(largest),
+    ]
     return int(run_child(command).output.split()[-1])
 
 
@@ -58,7 +67,7 @@ def merge(folder: Path, config: dict[str, Any], *options: str, keep: Path | None
 
 
 def command() -> list[str]:
-    """Return the stock command; without an installed start-up hook, its module with our methods registered."""
+    """Return the stock command; without the start-up hook, its module with our methods registered."""
     if hook_is_installed():
         return [sys.executable, "-m", "mergekit.scripts.run_yaml"]
     code = "import mergekit_monosoup as m; m.register(); from mergekit.scripts.run_yaml import main; main()"

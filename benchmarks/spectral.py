@@ -77,7 +77,9 @@ def _layer(kind: str, dtype: torch.dtype, divisor: int, repeats: int) -> tuple[T
             record.matrices[0].backend,
         )
     ratio = svd_total / edit_total
-    table.add(f"all of {LAYERS} layers", "", "", LAYERS * 1e3 * svd_total, LAYERS * 1e3 * edit_total, ratio, "", "")
+    table.add(
+        f"all of {LAYERS} layers", "", "", LAYERS * 1e3 * svd_total, LAYERS * 1e3 * edit_total, ratio, "", ""
+    )
     return table, ratio
 
 
@@ -104,7 +106,13 @@ def _embedding(quick: bool) -> tuple[Table, float]:
     ratio = best["svd"] / best["edit"]
     backend = record.matrices[0].backend
     table.add(
-        "fewer rows", f"{rows} x {width}", 1e3 * best["svd"], 1e3 * best["edit"], ratio, int(record.k), backend
+        "fewer rows",
+        f"{rows} x {width}",
+        1e3 * best["svd"],
+        1e3 * best["edit"],
+        ratio,
+        int(record.k),
+        backend,
     )
     rows = EMBEDDING[0] // (16 if quick else 1)
     base, tuned = pair("tuned", rows, width, torch.bfloat16)
