@@ -101,6 +101,7 @@ class EditOptions:
     spectrum: Backend = "auto"
 
 
+@torch.no_grad()
 def edit_weight(
     base: Tensor,
     tuned: Sequence[Tensor],
@@ -137,6 +138,7 @@ def edit_weight(
     return out, EditRecord(tuple(r for r in records if r is not None))
 
 
+@torch.no_grad()
 def edit_update(
     dw: Tensor,
     *,

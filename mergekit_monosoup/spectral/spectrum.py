@@ -107,16 +107,17 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
         peak = _finite_peak(update)
         if peak == 0:
             return None
-        scale = _power_of_two_below(1 / peak)
+        scale = _scale_for(peak, dtype)
         gram = _accumulated(update, dtype, scale)
-    diagonal = gram.diagonal() / scale**2
+    diagonal = gram.diagonal()
     live = diagonal > 0
     eigen = gram.eigen(live)
-    values = eigen.values.flip(0).clamp(min=0).sqrt() / scale
+    values = eigen.values.flip(0).clamp(min=0).sqrt()
     certain = is_certain(values, gram_doubt(values, diagonal, dtype), energy) and subspace_is_certain(
         values, diagonal, dtype, split_index(values, energy)
     )
-    return Spectrum(values, "gram32" if dtype == torch.float32 else "gram64", certain, eigen, live)
+    name = "gram32" if dtype == torch.float32 else "gram64"
+    return Spectrum(values / scale, name, certain, eigen, live)
 
 
 def _accumulated(update: MatrixUpdate, dtype: torch.dtype, scale: float) -> GramAccumulator:
@@ -167,10 +168,11 @@ def _by_svd(update: MatrixUpdate) -> Spectrum | None:
     peak = _finite_peak(update)
     if peak == 0:
         return None
-    dense = update.block(0, update.long, dtype=torch.float64).delta * _power_of_two_below(1 / peak)
+    scale = _scale_for(peak, torch.float64)
+    dense = update.block(0, update.long, dtype=torch.float64).delta * scale
     _, values, right = torch.linalg.svd(dense, full_matrices=False)
     everywhere = torch.ones(update.small, dtype=torch.bool)
-    values = values.cpu() / _power_of_two_below(1 / peak)
+    values = values.cpu() / scale
     return Spectrum(values, "svd", True, _Known(right.T.flip(1)), everywhere)
 
 
@@ -202,6 +204,9 @@ def _finite_peak(update: MatrixUpdate) -> float:
     return peak
 
 
-def _power_of_two_below(x: float) -> float:
-    """Return a power of two: scaling by it changes no digit."""
-    return 2.0 ** (math.frexp(x)[1] - 1)
+def _scale_for(peak: float, dtype: torch.dtype) -> float:
+    """Return the power of two that brings `peak` to about 1: scaling by it changes no digit.
+
+    For a subnormal peak it stays within the range of `dtype`.
+    """
+    return 2.0 ** min(-math.frexp(peak)[1], 126 if dtype == torch.float32 else 1022)
