@@ -58,7 +58,9 @@ class Spectrum:
             directions beyond k) rather than the leading k.
         """
         q = len(self.singular_values)
-        complement = q - k < k
+        # Where directions were left out as noise, they belong to the low side: only the leading
+        # side is known in full.
+        complement = q == int(self._live.sum()) and q - k < k
         part = self._eigen.vectors(0, q - k) if complement else self._eigen.vectors(q - k, q)
         if q == len(self._live):
             return part, complement
