@@ -3,6 +3,7 @@
 #   make demo   merge a small pair of checkpoints with the stock mergekit-yaml command
 #   make test   run all tests
 #   make lint   ruff and mypy
+#   make bench  all benchmarks, some twenty minutes, into benchmarks/RESULTS.md
 #
 # Each creates the virtual environment .venv on first use. Another interpreter:
 #   make test PYTHON=python3.12
@@ -13,10 +14,10 @@ BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,8p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,9p'
 
 demo: $(VENV)/.test
 	$(BIN)/python examples/demo.py
@@ -33,6 +34,13 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# One after the other: they share the machine with nothing, least of all with each other.
+bench: $(VENV)/.test
+	for name in spectral memory merge growth floor; do \
+		$(BIN)/python benchmarks/$$name.py $(BENCH) --json benchmarks/results/$$name.json || exit 1; \
+	done
+	$(BIN)/python benchmarks/results.py
 
 clean:
 	rm -rf $(VENV) .demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

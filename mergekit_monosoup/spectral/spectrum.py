@@ -112,18 +112,19 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
             return None
         scale = _scale_for(peak, dtype)
         gram = _accumulated(update, dtype, scale)
-    diagonal = gram.diagonal() / scale**2
+    diagonal = gram.diagonal()
     live = diagonal > 0
     total = gram.take()
     if not bool(live.all()):
         kept = live.to(total.device)
         total = total[kept][:, kept].contiguous()
     eigen = decomposed(total)
-    values = eigen.values.flip(0).clamp(min=0).sqrt() / scale
+    values = eigen.values.flip(0).clamp(min=0).sqrt()
     certain = is_certain(values, gram_doubt(values, diagonal, dtype), energy) and subspace_is_certain(
         values, diagonal, dtype, split_index(values, energy)
     )
-    return Spectrum(values, "gram32" if dtype == torch.float32 else "gram64", certain, eigen, live)
+    name = "gram32" if dtype == torch.float32 else "gram64"
+    return Spectrum(values / scale, name, certain, eigen, live)
 
 
 def _accumulated(update: MatrixUpdate, dtype: torch.dtype, scale: float) -> GramSum:
