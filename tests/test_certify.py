@@ -11,8 +11,9 @@ import spectra
 import torch
 
 from mergekit_monosoup.spectral.certify import Doubt, gram_doubt, is_certain, subspace_is_certain
-from mergekit_monosoup.spectral.eigen import GramAccumulator
+from mergekit_monosoup.spectral.eigen import decomposed
 from mergekit_monosoup.spectral.mixing import mixing_coefficients
+from mergekit_monosoup.spectral.products import GramSum
 from mergekit_monosoup.spectral.split import effective_rank, split_index
 
 MEASURED = [
@@ -28,10 +29,10 @@ MEASURED = [
 
 def gram_values(dw, dtype=torch.float32):
     """Singular values and squared column norms from the Gram matrix, as the package forms it."""
-    gram = GramAccumulator(dw.shape[1], dtype, dw.device)
+    gram = GramSum(dw.shape[1], dtype, dw.device)
     gram.add(dw.to(dtype))
     diagonal = gram.diagonal()
-    eigen = gram.eigen(torch.ones(dw.shape[1], dtype=torch.bool))
+    eigen = decomposed(gram.take())
     return eigen.values.flip(0).clamp(min=0).sqrt(), diagonal
 
 
@@ -175,10 +176,10 @@ def test_the_subspace_error_is_below_what_is_estimated(kind, rows, columns):
     exact = dw.double()
     _, s, right = torch.linalg.svd(exact, full_matrices=False)
     for energy in (None, 0.5, 0.9, 0.99):
-        gram = GramAccumulator(columns, torch.float32, dw.device)
+        gram = GramSum(columns, torch.float32, dw.device)
         gram.add(dw)
         diagonal = gram.diagonal()
-        eigen = gram.eigen(torch.ones(columns, dtype=torch.bool))
+        eigen = decomposed(gram.take())
         k = split_index(s, energy)
         if not subspace_is_certain(eigen.values.flip(0).clamp(min=0).sqrt(), diagonal, torch.float32, k):
             continue
