@@ -4,6 +4,7 @@
 #   make test   run all tests
 #   make lint   ruff and mypy
 #   make docs   write docs/cli.md anew
+#   make bench  all benchmarks, some twenty minutes, into benchmarks/RESULTS.md
 #
 # Each creates the virtual environment .venv on first use. Another interpreter:
 #   make test PYTHON=python3.12
@@ -14,10 +15,10 @@ BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs clean
+.PHONY: help demo test lint format docs bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,9p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,10p'
 
 demo: $(VENV)/.test
 	$(BIN)/python examples/demo.py
@@ -37,6 +38,13 @@ format: $(VENV)/.dev
 
 docs: $(VENV)/.test
 	$(BIN)/python docs/build_cli.py
+
+# One after the other: they share the machine with nothing, least of all with each other.
+bench: $(VENV)/.test
+	for name in spectral memory merge growth floor; do \
+		$(BIN)/python benchmarks/$$name.py $(BENCH) --json benchmarks/results/$$name.json || exit 1; \
+	done
+	$(BIN)/python benchmarks/results.py
 
 clean:
 	rm -rf $(VENV) .demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

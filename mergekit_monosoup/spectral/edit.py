@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -19,6 +20,7 @@ from mergekit_monosoup.spectral.batch import (
 )
 from mergekit_monosoup.spectral.matrix import MatrixView, ViewKind, choose_view
 from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
+from mergekit_monosoup.spectral.products import add_projection, one_torch_thread
 from mergekit_monosoup.spectral.spectrum import Backend, decompose
 from mergekit_monosoup.spectral.split import effective_rank, split_index
 from mergekit_monosoup.spectral.update import MatrixUpdate
@@ -213,12 +215,16 @@ def _edit_stack(
             w0 = None if base is None else base[part]
             records += _edit_batch(w0, [t[part] for t in tuned], weights, out[part], options)
         return records
-    return [
-        _edit_matrix(
-            MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights), out[i], options
-        )
-        for i in range(len(out))
-    ]
+    by_svd = options.spectrum == "svd" or tuned[0].dtype == torch.float64
+    with nullcontext() if by_svd else one_torch_thread(out.device):
+        return [
+            _edit_matrix(
+                MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights),
+                out[i],
+                options,
+            )
+            for i in range(len(out))
+        ]
 
 
 def _edit_batch(
@@ -290,5 +296,5 @@ def _apply(update: MatrixUpdate, out: Tensor, whole: float, part: float, basis: 
         if block.base is not None:
             value += block.base
         if basis is not None:
-            value.addmm_(block.delta @ basis, basis.T, alpha=part)
+            add_projection(value, block.delta, basis, part)
         update.write(out, start, stop, value)

@@ -21,8 +21,9 @@ from mergekit_monosoup.spectral.certify import (
     is_certain,
     subspace_is_certain,
 )
-from mergekit_monosoup.spectral.eigen import DenseEigen, GramAccumulator, VectorSource
+from mergekit_monosoup.spectral.eigen import DenseEigen, VectorSource, decomposed
 from mergekit_monosoup.spectral.precision import full_float32
+from mergekit_monosoup.spectral.products import GramSum
 from mergekit_monosoup.spectral.split import split_index
 from mergekit_monosoup.spectral.update import MatrixUpdate
 
@@ -111,18 +112,23 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
             return None
         scale = _scale_for(peak, dtype)
         gram = _accumulated(update, dtype, scale)
-    diagonal = gram.diagonal() / scale**2
+    diagonal = gram.diagonal()
     live = diagonal > 0
-    eigen = gram.eigen(live)
-    values = eigen.values.flip(0).clamp(min=0).sqrt() / scale
+    total = gram.take()
+    if not bool(live.all()):
+        kept = live.to(total.device)
+        total = total[kept][:, kept].contiguous()
+    eigen = decomposed(total)
+    values = eigen.values.flip(0).clamp(min=0).sqrt()
     certain = is_certain(values, gram_doubt(values, diagonal, dtype), energy) and subspace_is_certain(
         values, diagonal, dtype, split_index(values, energy)
     )
-    return Spectrum(values, "gram32" if dtype == torch.float32 else "gram64", certain, eigen, live)
+    name = "gram32" if dtype == torch.float32 else "gram64"
+    return Spectrum(values / scale, name, certain, eigen, live)
 
 
-def _accumulated(update: MatrixUpdate, dtype: torch.dtype, scale: float) -> GramAccumulator:
-    gram = GramAccumulator(update.small, dtype, update.device)
+def _accumulated(update: MatrixUpdate, dtype: torch.dtype, scale: float) -> GramSum:
+    gram = GramSum(update.small, dtype, update.device)
     for span in update.spans():
         delta = update.block(*span, dtype=dtype).delta
         gram.add(delta if scale == 1 else delta * scale)
