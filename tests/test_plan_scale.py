@@ -61,14 +61,16 @@ def sparse_checkpoint(folder: Path, layers: int) -> Path:
 
 
 MEASURE = """
-import json, resource, sys, time
+import json, pathlib, re, resource, sys
 from mergekit_monosoup.cli import main
 try:
     main(sys.argv[1:], prog_name="mergekit-monosoup", standalone_mode=False)
 finally:
     heavy = sorted({"torch", "transformers", "mergekit"} & set(sys.modules))
     used = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps({"heavy": heavy, "peak": used.ru_maxrss, "cpu": used.ru_utime + used.ru_stime}))
+    # ru_maxrss would count the process that this one was forked from.
+    peak = int(re.search(r"VmHWM:\\s+([0-9]+)", pathlib.Path("/proc/self/status").read_text())[1])
+    print(json.dumps({"heavy": heavy, "peak": peak, "cpu": used.ru_utime + used.ru_stime}))
 """
 
 

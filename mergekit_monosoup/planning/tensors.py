@@ -256,7 +256,7 @@ class TensorPlanner:
             return ("kept", "one input") if len(found) == 1 else ("averaged", f"by {self.method.name}")
         rest = "averaged" if len(tuned) > 1 else "kept"
         if "edit" not in self.method.parameters:
-            return "averaged", f"by {self.method.name}"
+            return rest, f"by {self.method.name}"
         if not self._view(out.name, shape, blocks, t).decomposes:
             return rest, "not a matrix"
         if _is_false(resolve("edit", blocks, out.name, t)):
@@ -265,7 +265,9 @@ class TensorPlanner:
         why = f"unless its relative update is below {threshold:g}" if _is_positive(threshold) else ""
         energy = resolve("energy", blocks, out.name, t)
         rule = "effective rank" if energy is None else f"energy R = {float(energy):g}"
-        return "edited", "; ".join(filter(None, (rule, why)))
+        # What an adapter touches is told by its own files, and the merge's.
+        where = "where an adapter touches it" if all(s.checkpoint.adapter for s in tuned) else ""
+        return "edited", "; ".join(filter(None, (rule, where, why)))
 
     def _view(
         self, name: str, shape: tuple[int, ...], blocks: list[Mapping[str, Any] | None], t: float
