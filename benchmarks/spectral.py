@@ -16,8 +16,8 @@ INPUTS = [
     ("power", torch.float32),
     ("lora", torch.float32),
 ]
-# A thin SVD of all 151,936 rows takes five float32 copies of 622 MB and minutes; its time per row
-# does not depend on the number of rows once they are many times the columns.
+# A thin SVD of all 151,936 rows takes some seven float32 copies of 622 MB; its time per row does not
+# depend on the number of rows once they are many times the columns.
 SVD_ROWS = 16_384
 NOTE = "times in milliseconds, shortest of several runs in turn; k and backend as the edit reports them"
 
@@ -86,7 +86,7 @@ def _layer(kind: str, dtype: torch.dtype, divisor: int, repeats: int) -> tuple[T
 def _embedding(quick: bool) -> tuple[Table, float]:
     columns = ("embedding", "shape", "full SVD", "edit", "ratio", "k", "backend")
     note = (
-        "times in milliseconds. The SVD is timed at fewer rows: at all of them it needs some five "
+        "times in milliseconds. The SVD is timed at fewer rows: at all of them it needs some seven "
         "float32 copies of 622 MB, and its time per row no longer changes. At full size, k and "
         "lambda_low are checked against a float64 Gram matrix."
     )

@@ -10,7 +10,13 @@ import pytest
 import spectra
 import torch
 
-from mergekit_monosoup.spectral.certify import Doubt, gram_doubt, is_certain, subspace_is_certain
+from mergekit_monosoup.spectral.certify import (
+    Doubt,
+    gram_doubt,
+    is_certain,
+    product_error,
+    subspace_is_certain,
+)
 from mergekit_monosoup.spectral.eigen import decomposed
 from mergekit_monosoup.spectral.mixing import mixing_coefficients
 from mergekit_monosoup.spectral.products import GramSum
@@ -52,7 +58,7 @@ def entropy_change(values, doubt):
 def test_the_effect_on_the_effective_rank_is_a_fraction_of_the_bound(kind, rows, columns, seed):
     dw = spectra.update(kind, rows, columns, seed)
     found, diagonal = gram_values(dw)
-    shift, spread = entropy_change(found, gram_doubt(found, diagonal, torch.float32))
+    shift, spread = entropy_change(found, gram_doubt(found, diagonal, product_error(torch.float32)))
     moved = abs(math.log(effective_rank(found)) - math.log(effective_rank(exact_values(dw))))
     assert moved <= spread
     assert moved <= 0.2 * (shift + 8 * spread)
@@ -63,7 +69,7 @@ def test_the_effect_on_the_effective_rank_is_a_fraction_of_the_bound(kind, rows,
 def test_drowned_values_stay_within_the_bound(kind, size):
     dw = spectra.update(kind, size, size)
     found, diagonal = gram_values(dw)
-    shift, spread = entropy_change(found, gram_doubt(found, diagonal, torch.float32))
+    shift, spread = entropy_change(found, gram_doubt(found, diagonal, product_error(torch.float32)))
     moved = abs(math.log(effective_rank(found)) - math.log(effective_rank(exact_values(dw))))
     assert moved <= shift + 8 * spread
 
@@ -73,7 +79,7 @@ def test_lambda_low_is_right_where_it_is_certain(kind, rows, columns):
     dw = spectra.update(kind, rows, columns)
     (found, diagonal), exact = gram_values(dw), exact_values(dw)
     for energy in (None, 0.5, 0.8, 0.95):
-        if not is_certain(found, gram_doubt(found, diagonal, torch.float32), energy):
+        if not is_certain(found, gram_doubt(found, diagonal, product_error(torch.float32)), energy):
             continue
         k = split_index(exact, energy)
         assert split_index(found, energy) == k
@@ -85,8 +91,8 @@ def test_lambda_low_is_right_where_it_is_certain(kind, rows, columns):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_doubt_has_the_units_of_the_values(dtype):
     values, diagonal = spectrum("linear"), torch.linspace(0.5, 1.5, 200, dtype=torch.float64)
-    one = gram_doubt(values, diagonal, dtype)
-    scaled = gram_doubt(1e10 * values, 1e20 * diagonal, dtype)
+    one = gram_doubt(values, diagonal, product_error(dtype))
+    scaled = gram_doubt(1e10 * values, 1e20 * diagonal, product_error(dtype))
     assert torch.allclose(scaled.spread, 1e10 * one.spread, rtol=1e-12)
     assert torch.allclose(scaled.shift, 1e10 * one.shift, rtol=1e-12)
     assert float(one.spread[0]) == pytest.approx(1.5 * torch.finfo(dtype).eps, rel=1e-6)
@@ -153,20 +159,22 @@ def test_a_drowned_tail_that_decides_is_not_certain():
     for values, expected in ((torch.full((200,), 1e-5).double(), False), (spectrum("linear"), True)):
         values[0] = 1.0
         diagonal = torch.ones(200).double() * values.square().mean()
-        assert is_certain(values, gram_doubt(values, diagonal, torch.float32), None) is expected
+        assert (
+            is_certain(values, gram_doubt(values, diagonal, product_error(torch.float32)), None) is expected
+        )
 
 
 def test_subspaces_need_a_gap():
     values = spectrum("linear")
     diagonal = torch.ones(200).double() * values.square().mean()
-    assert subspace_is_certain(values, diagonal, torch.float32, 100)
+    assert subspace_is_certain(values, diagonal, product_error(torch.float32), 100)
     values[100] = values[99] * (1 - 1e-7)
-    assert not subspace_is_certain(values, diagonal, torch.float32, 100)
-    assert subspace_is_certain(values, diagonal, torch.float64, 100)
+    assert not subspace_is_certain(values, diagonal, product_error(torch.float32), 100)
+    assert subspace_is_certain(values, diagonal, product_error(torch.float64), 100)
     values[100] = values[99]
-    assert not subspace_is_certain(values, diagonal, torch.float64, 100)
+    assert not subspace_is_certain(values, diagonal, product_error(torch.float64), 100)
     # Without a low side there is nothing to separate.
-    assert subspace_is_certain(values, diagonal, torch.float32, len(values))
+    assert subspace_is_certain(values, diagonal, product_error(torch.float32), len(values))
 
 
 @pytest.mark.parametrize(("kind", "rows", "columns"), MEASURED)
@@ -181,7 +189,9 @@ def test_the_subspace_error_is_below_what_is_estimated(kind, rows, columns):
         diagonal = gram.diagonal()
         eigen = decomposed(gram.take())
         k = split_index(s, energy)
-        if not subspace_is_certain(eigen.values.flip(0).clamp(min=0).sqrt(), diagonal, torch.float32, k):
+        if not subspace_is_certain(
+            eigen.values.flip(0).clamp(min=0).sqrt(), diagonal, product_error(torch.float32), k
+        ):
             continue
         basis = eigen.vectors(columns - k, columns).double()
         error = (exact @ basis) @ basis.T - (exact @ right[:k].T) @ right[:k]

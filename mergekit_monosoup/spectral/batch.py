@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.errors import NonFiniteError
-from mergekit_monosoup.spectral.certify import gram_doubt, is_certain
+from mergekit_monosoup.spectral.certify import gram_doubt, is_certain, product_error
 from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
 from mergekit_monosoup.spectral.split import effective_rank, split_index
 
@@ -66,7 +66,9 @@ class BatchedSpectra:
     ) -> tuple[int, float, Coefficients] | None:
         """Return k, effective rank and coefficients of one matrix, or None where they are in doubt."""
         values = self._values[index]
-        if not is_certain(values, gram_doubt(values, self._diagonal[index], torch.float64), energy):
+        if not is_certain(
+            values, gram_doubt(values, self._diagonal[index], product_error(torch.float64)), energy
+        ):
             return None
         k = split_index(values, energy)
         return k, effective_rank(values), mixing_coefficients(values, k, mixing)

@@ -37,22 +37,31 @@ class Doubt:
     spread: Tensor
 
 
-def gram_doubt(values: Tensor, diagonal: Tensor, dtype: torch.dtype) -> Doubt:
-    """Return what is not known of singular values found from a Gram matrix formed in `dtype`.
+def product_error(dtype: torch.dtype, sections: int = 1) -> float:
+    """Return the relative error of an entry of a Gram matrix, against the squared norms of its columns.
+
+    Args:
+        dtype: of the products and of the sums within a section.
+        sections: independent sums that are added up in float64.
+    """
+    return float(torch.finfo(dtype).eps) / math.sqrt(sections)
+
+
+def gram_doubt(values: Tensor, diagonal: Tensor, error: float) -> Doubt:
+    """Return what is not known of singular values found from a Gram matrix with errors.
 
     Args:
         values: roots of the eigenvalues, `[q]`, descending, float64.
         diagonal: squared norms of the columns, in units of `values` squared.
-        dtype: of the products.
+        error: of its entries, see `product_error`.
     """
-    eps = torch.finfo(dtype).eps
     return Doubt(
-        _root_error(values, _SHIFT * eps * float(diagonal.mean())),
-        _root_error(values, eps * float(diagonal.max())),
+        _root_error(values, _SHIFT * error * float(diagonal.mean())),
+        _root_error(values, error * float(diagonal.max())),
     )
 
 
-def subspace_is_certain(values: Tensor, diagonal: Tensor, dtype: torch.dtype, k: int) -> bool:
+def subspace_is_certain(values: Tensor, diagonal: Tensor, error: float, k: int) -> bool:
     """Say whether the leading subspace is known well enough for the edit.
 
     A perturbation with entries e turns direction i into j by e / (l_i - l_j), and the projected update
@@ -62,17 +71,17 @@ def subspace_is_certain(values: Tensor, diagonal: Tensor, dtype: torch.dtype, k:
     Args:
         values: singular values `[q]`, descending, float64.
         diagonal: squared norms of the columns, in units of `values` squared.
-        dtype: of the products.
+        error: of the entries of the Gram matrix, see `product_error`.
         k: the split.
     """
     if k == len(values):
         return True
     squares = values.square()
-    entry = torch.finfo(dtype).eps * float(diagonal.mean())
+    entry = error * float(diagonal.mean())
     gaps = squares[:k, None] - squares[None, k:]
     turns = (entry / gaps.clamp(min=entry)).square()
-    error = (turns * (squares[:k, None] + squares[None, k:])).sum().sqrt()
-    return float(error / squares.sum().sqrt()) <= _SUBSPACE_ERROR
+    moved = (turns * (squares[:k, None] + squares[None, k:])).sum().sqrt()
+    return float(moved / squares.sum().sqrt()) <= _SUBSPACE_ERROR
 
 
 def _root_error(values: Tensor, error: float) -> Tensor:

@@ -73,6 +73,7 @@ class TridiagonalEigen:
         # will do for it: it errs by 1e-7 in every direction, whatever the gaps between eigenvalues.
         self._reflectors = np.asfortranarray(reflectors[1:, : n - 1], dtype=np.float32)
         self._tau = tau.astype(np.float32)
+        del reflectors, matrix
         squares = float((self._diagonal**2).sum() + 2 * (self._off**2).sum())
         self._all: Any = None
         if self._diagonal.sum() ** 2 > _FLAT * n * squares:

@@ -17,6 +17,9 @@ import torch
 from scipy.linalg import blas
 from torch import Tensor
 
+# Blocks whose products are summed in the dtype of the blocks.
+_SECTION = 8
+
 
 @contextmanager
 def one_torch_thread(device: torch.device) -> Iterator[None]:
@@ -35,14 +38,20 @@ def one_torch_thread(device: torch.device) -> Iterator[None]:
 class GramSum:
     """Sum of block^T block `[n, n]`; on the CPU, the lower half in Fortran order.
 
+    Products of a few blocks are summed in the dtype of the blocks, and these sums in float64: over the
+    150,000 rows of an embedding, float32 would lose another digit. `sections` counts them.
+
     Args:
         n: columns of the blocks.
-        dtype: float32 or float64, of the blocks and of the sum.
+        dtype: float32 or float64, of the blocks.
         device: where the blocks lie.
     """
 
     def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
         self._half = device.type == "cpu"
+        self._total: Any = None
+        self._blocks = 0
+        self.sections = 1
         if self._half:
             self._syrk = blas.dsyrk if dtype == torch.float64 else blas.ssyrk
             self._sum: Any = np.zeros((n, n), np.float64 if dtype == torch.float64 else np.float32, order="F")
@@ -51,6 +60,9 @@ class GramSum:
 
     def add(self, block: Tensor) -> None:
         """Add block^T block, `block` being `[length, n]`."""
+        if self._blocks == _SECTION:
+            self._flush()
+        self._blocks += 1
         if not self._half:
             self._sum.addmm_(block.T, block)
             return
@@ -60,19 +72,34 @@ class GramSum:
             1.0, operand, beta=1.0, c=self._sum, trans=1 - transposed, lower=1, overwrite_c=1
         )
 
+    def _flush(self) -> None:
+        if self._total is None:
+            self._total = self._sum.astype(np.float64) if self._half else self._sum.double()
+        else:
+            self._total += self._sum
+        self._sum[:] = 0
+        self._blocks = 0
+        self.sections += 1
+
     def diagonal(self) -> Tensor:
         """Return the squared norms of the n columns, float64 on the CPU."""
+        found = self._diagonal_of(self._sum)
+        return found if self._total is None else found + self._diagonal_of(self._total)
+
+    def _diagonal_of(self, matrix: Any) -> Tensor:
         if self._half:
-            return torch.from_numpy(self._sum.diagonal().astype(np.float64))
-        diagonal: Tensor = self._sum.diagonal().double().cpu()
+            return torch.from_numpy(matrix.diagonal().astype(np.float64))
+        diagonal: Tensor = matrix.diagonal().double().cpu()
         return diagonal
 
     def take(self) -> Tensor:
-        """Return G in float64, giving up the sum; on the CPU its upper half alone is filled."""
-        total, self._sum = self._sum, None
+        """Return G in float64, giving up the sums; on the CPU its upper half alone is filled."""
+        if self._total is not None:
+            self._flush()
+        result, self._sum = self._sum if self._total is None else self._total, None
         if self._half:
-            return torch.from_numpy(total.astype(np.float64, copy=False).T)
-        doubled: Tensor = total.double()
+            return torch.from_numpy(result.astype(np.float64, copy=False).T)
+        doubled: Tensor = result.double()
         return doubled
 
 

@@ -19,6 +19,7 @@ from mergekit_monosoup.spectral.certify import (
     Doubt,
     gram_doubt,
     is_certain,
+    product_error,
     subspace_is_certain,
 )
 from mergekit_monosoup.spectral.eigen import DenseEigen, VectorSource, decomposed
@@ -114,14 +115,15 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
         gram = _accumulated(update, dtype, scale)
     diagonal = gram.diagonal()
     live = diagonal > 0
+    error = product_error(dtype, gram.sections)
     total = gram.take()
     if not bool(live.all()):
         kept = live.to(total.device)
         total = total[kept][:, kept].contiguous()
     eigen = decomposed(total)
     values = eigen.values.flip(0).clamp(min=0).sqrt()
-    certain = is_certain(values, gram_doubt(values, diagonal, dtype), energy) and subspace_is_certain(
-        values, diagonal, dtype, split_index(values, energy)
+    certain = is_certain(values, gram_doubt(values, diagonal, error), energy) and subspace_is_certain(
+        values, diagonal, error, split_index(values, energy)
     )
     name = "gram32" if dtype == torch.float32 else "gram64"
     return Spectrum(values / scale, name, certain, eigen, live)

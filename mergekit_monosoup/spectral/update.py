@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-# Entries of a block: a few megabytes stay in the processor's cache, and are a fraction of any
-# matrix that is worth cutting up; an accelerator wants larger launches.
-_CPU_BLOCK = 1 << 20
+# Entries of a block: a megabyte stays in the processor's cache, and is a fraction of any matrix that is
+# worth cutting up; an accelerator wants larger launches.
+_CPU_BLOCK = 1 << 18
 _DEVICE_BLOCK = 1 << 26
 _SAMPLED_LINES = 64
 
