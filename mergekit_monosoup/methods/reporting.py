@@ -25,6 +25,7 @@ from mergekit_monosoup.report.recorder import Recorder, close_files, is_recordin
 from mergekit_monosoup.report.rounding import sample
 from mergekit_monosoup.report.schema import Action
 from mergekit_monosoup.spectral.edit import EditRecord
+from mergekit_monosoup.spectral.products import one_torch_thread
 
 LOG = logging.getLogger(__name__)
 
@@ -88,20 +89,22 @@ def note(
     if not is_recording(report):
         return
     defaults = {parameter.name: parameter.default for parameter in spec.parameters}
-    record = tensor_record(
-        name,
-        group.base.tensor,
-        [entry.tensor for entry in group.non_base],
-        action=action,
-        reason=reason,
-        weights=weights,
-        edit=edit,
-        update_norm=update_norm,
-        started=started,
-        method=spec.name,
-        parameters={k: v for k, v in (parameters or {}).items() if v != defaults[k]},
-        figures=dict(figures or {}),
-    )
+    # The threads of the edit's BLAS are still spinning: more of torch's would only wait for them.
+    with one_torch_thread(group.base.tensor.device):
+        record = tensor_record(
+            name,
+            group.base.tensor,
+            [entry.tensor for entry in group.non_base],
+            action=action,
+            reason=reason,
+            weights=weights,
+            edit=edit,
+            update_norm=update_norm,
+            started=started,
+            method=spec.name,
+            parameters={k: v for k, v in (parameters or {}).items() if v != defaults[k]},
+            figures=dict(figures or {}),
+        )
     send(record, report, lambda path: _file_recorder(path, spec.name, group))
 
 
