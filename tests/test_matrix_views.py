@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_monosoup.spectral import edit_update
-from mergekit_monosoup.spectral.matrix import choose_view, matrix_view
+from mergekit_monosoup.spectral.matrix import choose_view
 
 # One parameter of each kind with three or more axes (or several biases) in transformers 5.23's own
 # model classes: [model type, name, shape, kind]; names with the same last two parts are listed once.
@@ -73,7 +73,8 @@ VIEWS = [
 @pytest.mark.parametrize(("name", "shape", "kind", "view"), VIEWS, ids=lambda v: str(v))
 def test_rule(name, shape, kind, view):
     tensor = torch.arange(float(np.prod(shape, dtype=int))).reshape(shape)
-    read, chosen = matrix_view(tensor, name)
+    chosen = choose_view(tuple(tensor.shape), name)
+    read = chosen.of(tensor)
     assert (chosen.kind, chosen.shape) == (kind, view)
     assert tuple(read.shape) == view
     assert torch.equal(read.reshape(-1), tensor.reshape(-1))

@@ -86,28 +86,6 @@ def choose_view(shape: tuple[int, ...], name: str | None = None, matrix: Layout 
     return _stack(longer) if len(longer) == 3 else _flattened(longer)
 
 
-def is_matrix_like(shape: tuple[int, ...], name: str | None = None, matrix: Layout = "auto") -> bool:
-    """Say whether a tensor of this shape and name is decomposed at all."""
-    return choose_view(shape, name, matrix).decomposes
-
-
-def matrix_view(
-    tensor: Tensor, name: str | None = None, matrix: Layout = "auto"
-) -> tuple[Tensor, MatrixView]:
-    """Read a weight as a stack of matrices `[matrices, rows, columns]`, and say how.
-
-    Args:
-        tensor: weight or update with at least two axes.
-        name: full name of the parameter, see `choose_view`.
-        matrix: override of the rule, see `choose_view`.
-
-    Returns:
-        A view of the tensor (a copy only where strides force one), and the `MatrixView`.
-    """
-    view = choose_view(tuple(tensor.shape), name, matrix)
-    return view.of(tensor), view
-
-
 def _flattened(shape: tuple[int, ...]) -> MatrixView:
     return MatrixView("flattened", (1, shape[0], prod(shape[1:])))
 
