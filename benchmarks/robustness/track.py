@@ -55,7 +55,7 @@ class Track(Protocol):
         """Measure a checkpoint on every test set."""
 
     def activations(self, checkpoint: Path) -> dict[str, list[Tensor]]:
-        """Return each block's output, `[samples, features]` float64, on under "id" (in distribution) and "ood" (out of it)."""
+        """Return each block's output, `[samples, features]` float64, under "id" and under "ood"."""
 
     def data_card(self) -> dict[str, object]:
         """Return sizes, sources and SHA-256 of every split."""
