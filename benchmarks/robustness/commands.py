@@ -17,6 +17,10 @@ from click.testing import CliRunner
 _MERGING = ("--no-copy-tokenizer", "--quiet")
 
 
+# What scores a candidate of a greedy soup; track and checkpoint follow.
+SCORE = [sys.executable, "-m", "benchmarks.robustness.score"]
+
+
 class CommandError(Exception):
     """A command failed; the message holds the command and what it printed."""
 
@@ -47,7 +51,7 @@ def greedy(
     checkpoints: Sequence[Path], out: Path, track: str, short: bool, journal: Path, lower_is_better: bool
 ) -> list[Path]:
     """`mergekit-monosoup greedy`; returns the members of the soup, in the order they joined."""
-    score = [sys.executable, "-m", "benchmarks.robustness.score", track, *(["--short"] if short else []), "{model}"]
+    score = [*SCORE, track, *(["--short"] if short else []), "{model}"]
     options = ["--lower-is-better"] if lower_is_better else []
     monosoup("greedy", *checkpoints, "--out", out, "--eval", shlex.join(score), "--journal", journal, *options, *_MERGING)
     recipe = yaml.safe_load((out / "mergekit_config.yml").read_text("utf-8"))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import click
 
-from benchmarks.robustness.tracks import TRACKS, open_track
+from benchmarks.robustness.tracks import open_track
 
 
 @click.command()
-@click.argument("name", metavar="TRACK", type=click.Choice(sorted(TRACKS)))
+@click.argument("name", metavar="TRACK")
 @click.option("--short", is_flag=True)
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def score(name: str, short: bool, checkpoint: Path) -> None:

@@ -57,11 +57,11 @@ def plan(name: str, short: bool) -> Plan:
     own, merging = track_stamp(name, short), package_stamp() + code_stamp("methods.py", "commands.py", "work.py")
     arguments = {"track": name, "short": short}
     costs = _QUICK if short else _COSTS.get(name, _QUICK)
-    base = Job(f"{name}: pre-train", work.pretrain, arguments, stamp=own, cost=costs.pretrain)
+    base = Job(f"{track.name}: pre-train", work.pretrain, arguments, stamp=own, cost=costs.pretrain)
     made = Plan(track, short, base)
     for recipe in track.recipes:
         for seed in track.seeds:
-            label = f"{name} {_member(recipe, seed)}"
+            label = f"{track.name} {_member(recipe, seed)}"
             job = Job(
                 f"{label}: fine-tune",
                 work.finetune,
@@ -71,20 +71,21 @@ def plan(name: str, short: bool) -> Plan:
                 costs.step * recipe.steps + costs.score,
             )
             made.tuned[recipe.name, seed] = job
-            for method in methods.of_one() if recipe.lora_rank is None else methods.of_adapter():
+            full = recipe.lora_rank is None
+            for method in methods.of_one() if full else methods.of_adapter():
                 made.merged[recipe.name, seed, method.label] = Job(
                     f"{label}: {method.label}",
                     work.merge_and_score,
-                    {**arguments, "method": method.label, "records": method.label == "MonoSoup"},
+                    {**arguments, "method": method.label, "records": full and method.label == "MonoSoup"},
                     {"base": base, "tuned": job},
                     merging,
                     costs.merge + costs.score,
                 )
-    _add_pools(made, name, arguments, merging, costs)
+    _add_pools(made, arguments, merging, costs)
     for recipe in _full(track):
         seed = track.seeds[0]
         made.compared[recipe.name, seed] = Job(
-            f"{name} {_member(recipe, seed)}: compare by CKA",
+            f"{track.name} {_member(recipe, seed)}: compare by CKA",
             work.similarity,
             {**arguments, "methods": list(COMPARED)},
             {"base": base, "tuned": made.tuned[recipe.name, seed]},
@@ -94,7 +95,7 @@ def plan(name: str, short: bool) -> Plan:
     return made
 
 
-def _add_pools(made: Plan, name: str, arguments: dict[str, Any], stamp: str, costs: _Costs) -> None:
+def _add_pools(made: Plan, arguments: dict[str, Any], stamp: str, costs: _Costs) -> None:
     track = made.track
     everything = {_member(recipe, seed): (recipe, seed) for recipe in _full(track) for seed in track.seeds}
     pools = {"all": list(everything)}
@@ -110,7 +111,7 @@ def _add_pools(made: Plan, name: str, arguments: dict[str, Any], stamp: str, cos
             tuned[member] = made.tuned[recipe.name, seed]
         merges = len(methods.of_pool()) + len(methods.THRESHOLDS) / 2
         soups = Job(
-            f"{name} pool {pool}: soups",
+            f"{track.name} pool {pool}: soups",
             work.pool,
             arguments,
             {"base": made.base, **tuned},
@@ -119,7 +120,7 @@ def _add_pools(made: Plan, name: str, arguments: dict[str, Any], stamp: str, cos
         )
         evaluations = 2 * len(members) - 1 if first is None else len(members) - 1
         search = Job(
-            f"{name} pool {pool}: greedy soup",
+            f"{track.name} pool {pool}: greedy soup",
             work.greedy,
             arguments,
             {**tuned, **({"earlier": first} if first else {})},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 from collections.abc import Callable
 from functools import cache
@@ -44,14 +45,23 @@ SOURCES = {
 
 @cache
 def open_track(name: str, short: bool) -> Track:
-    """Return a track; the same object for all jobs of a process, so that data is read once."""
-    return TRACKS[name](short)
+    """Return a track; the same object for all jobs of a process, so that data is read once.
+
+    Besides the names above, `module:class` opens a track of one's own.
+    """
+    if name in TRACKS:
+        return TRACKS[name](short)
+    module, _, kind = name.partition(":")
+    track: Track = getattr(importlib.import_module(module), kind)(short)
+    return track
 
 
 def track_stamp(name: str, short: bool) -> str:
     """Return a digest of the track's code, data and settings, and of the libraries' versions."""
     track = open_track(name, short)
     sources = [_HERE / source for source in ("track.py", *SOURCES.get(name, ()))]
+    if name not in TRACKS:
+        sources.append(Path(inspect.getfile(type(track))))
     return _digest(*(file.read_bytes() for file in sources), _json(track.data_card()), _json(versions()))
 
 
