@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import re
-import shlex
 
 import click
 import pytest
 import yaml
-from click.testing import CliRunner
 from commands import ROOT
+from documents import blocks, check_command, check_recipe, command_lines, links, read
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = read("README.md")
 pytestmark = pytest.mark.usefixtures("registered")
-
-
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
 def table(*header):
@@ -33,19 +28,17 @@ def spec():
 
 
 def test_recipe_is_five_lines_that_mergekit_accepts():
-    from mergekit.config import MergeConfiguration
-
-    (recipe,) = blocks("yaml")
+    (recipe,) = blocks(README, "yaml")
     assert len(recipe.splitlines()) == 5
-    config = MergeConfiguration.model_validate(yaml.safe_load(recipe))
+    config = check_recipe(recipe)
     assert config.merge_method == spec().name
     assert config.base_model
     assert len(config.models) == 1
 
 
 def test_recipe_is_the_first_example():
-    (recipe,) = blocks("yaml")
-    example = (ROOT / "examples" / "yaml" / "01-automatic.yaml").read_text()
+    (recipe,) = blocks(README, "yaml")
+    example = read("examples", "yaml", "01-automatic.yaml")
     assert [line for line in example.splitlines() if not line.startswith("#")] == recipe.splitlines()
 
 
@@ -118,34 +111,18 @@ def test_behaviour_table_is_what_the_code_computes():
 
 
 def test_commands_exist():
-    from mergekit.scripts.run_yaml import main as mergekit_yaml
-
     from mergekit_monosoup.cli import main
 
-    lines = [line.partition("#")[0] for block in blocks("sh") for line in block.splitlines()]
-    for words in map(shlex.split, lines):
-        match words:
-            case ["mergekit-yaml", *_]:
-                assert CliRunner().invoke(mergekit_yaml, ["--help"]).exit_code == 0
-            case ["make", target]:
-                assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            case ["mergekit-monosoup", name, *options]:
-                text = CliRunner().invoke(main, [name, "--help"]).output
-                assert all(option in text for option in options if option.startswith("--")), words
-            case ["hf", "upload", _, _] | ["pip", "install", _]:
-                pass
-            case _:
-                pytest.fail(f"no check for {words}")
+    for words in command_lines(README):
+        check_command(words)
     named = set(re.findall(r"mergekit-monosoup\s([a-z]+)\b", README))
     assert named == set(main.list_commands(click.Context(main)))
-    for name in named:
-        assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
 
 
 def test_links_lead_to_files():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert links
-    for link in links:
+    found = links(README)
+    assert found
+    for link in found:
         assert (ROOT / link).exists(), link
 
 
