@@ -37,7 +37,7 @@ TRACKS: dict[str, Callable[[bool], Track]] = {
 }
 # The files that a track's training and scores come from.
 SOURCES = {
-    "language": ("language.py", "text.py"),
+    "language": ("language.py", "text.py", "sources.py"),
     "vit": ("vision.py", "digits.py"),
     "convnet": ("vision.py", "digits.py"),
 }

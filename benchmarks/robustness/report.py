@@ -1,0 +1,177 @@
+"""RESULTS.md and the figures, from the result files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.robustness import evidence, tables
+from benchmarks.robustness.findings import findings
+from benchmarks.robustness.markdown import Scale, table
+from benchmarks.robustness.summary import Result, full_recipes, lora_recipes
+
+HERE = Path(__file__).resolve().parent
+ORDER = ("language", "vit", "convnet")
+
+
+def write_report(out: Path) -> Path:
+    """Write figures/ and RESULTS.md beside results/ in `out`; return the page's path."""
+    results = read_results(out / "results")
+    figures = _draw(results, out / "figures")
+    page = out / "RESULTS.md"
+    page.write_text(as_page(results, [f"figures/{file.name}" for file in figures]), "utf-8")
+    return page
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Return the result files, tracks of the study first."""
+    found = {file.stem: json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))}
+    return [found[name] for name in (*ORDER, *sorted(set(found) - set(ORDER))) if name in found]
+
+
+def _draw(results: Sequence[Result], folder: Path) -> list[Path]:
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    from benchmarks.robustness.figures import draw_all
+
+    return draw_all(results, folder)
+
+
+def as_page(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
+    """Return RESULTS.md."""
+    lines = [
+        "# The robustness study: results",
+        "",
+        "Written by `python -m benchmarks.robustness` from the files in `results/` (`--report-only` writes this page "
+        "anew), the paper's numbers in `paper.json` and the text of `discussion.md`; do not edit it. "
+        "[DESIGN.md](DESIGN.md) says what was done and was written before the run.",
+    ]
+    if any(result["short"] for result in results):
+        lines += ["", "**From a short run: a check that everything works, and no result.**"]
+    lines += ["", "## What the tracks say", "", *_verdicts(results)]
+    lines += _included(HERE / "discussion.md")
+    for result in results:
+        lines += _track(result, [name for name in figures if Path(name).name.startswith(result["track"])])
+    general = [name for name in figures if not Path(name).name.startswith(tuple(r["track"] for r in results))]
+    lines += _images(general)
+    lines += ["", "## The threshold of SFGS", "", *_thresholds(results)]
+    lines += _paper(HERE / "paper.json")
+    lines += ["", "## Machine, versions, time", "", *_circumstances(results)]
+    return "\n".join(lines) + "\n"
+
+
+def _verdicts(results: Sequence[Result]) -> list[str]:
+    made = {result["track"]: {f.hypothesis: f for f in findings(result)} for result in results}
+    hypotheses = list(dict.fromkeys(name for found in made.values() for name in found))
+    columns = ["direction reported in the paper", *made]
+    body = [
+        [name, *(found[name].verdict if name in found else "not asked" for found in made.values())]
+        for name in hypotheses
+    ]
+    lines = table(columns, body)
+    lines += [
+        "",
+        "agrees: on average and in at least three quarters of the cases; does not agree: not on average and in at "
+        "most a quarter; mixed: anything else. The cases are fine-tuned checkpoints (recipe and seed), points of "
+        "curves, or pools.",
+    ]
+    for track, found in made.items():
+        lines += ["", f"**{track}**", "", *(f"- {finding.sentence}" for finding in found.values())]
+    return lines
+
+
+def _track(result: Result, figures: Sequence[str]) -> list[str]:
+    scale = Scale(result)
+    lines = ["", f"## {result['track']}", "", f"{result['architecture']}. Scores: {scale.unit}; ID is "]
+    lines[-1] += f"{result['in_distribution']}, mean OOD the mean of {', '.join(result['shifts'])}."
+    full = [r for r in result["recipes"] if r["lora_rank"] is None]
+    count = len(full) * len(result["seeds"])
+    lines += ["", *_recipes(result), "", f"### All {count} full fine-tunes", ""]
+    lines += ["Means ± standard deviations over recipes and seeds; changes are paired with the fine-tuned one.", ""]
+    lines += tables.overview(result)
+    for recipe in full_recipes(result):
+        lines += ["", f"### {recipe}", "", f"Over seeds {', '.join(map(str, result['seeds']))}.", ""]
+        lines += tables.of_recipe(result, recipe)
+    lines += ["", "### Wise-FT with and without MonoSoup", "", *tables.curves(result), "", tables.at_equal_id(result)]
+    if lora_recipes(result):
+        lines += ["", "### LoRA", "", *tables.of_adapters(result)]
+    if result["pools"]:
+        lines += ["", "### Soups", *tables.pools(result), "", "### Who keeps which candidate"]
+        lines += tables.decisions(result)
+    return [*lines, *_images(figures)]
+
+
+def _recipes(result: Result) -> list[str]:
+    columns = ["recipe", "learning rate", "schedule", "steps", "weight decay", "LoRA rank"]
+    keys = ("name", "learning_rate", "schedule", "steps", "weight_decay", "lora_rank")
+    rows = [["–" if recipe[key] is None else recipe[key] for key in keys] for recipe in result["recipes"]]
+    return table(columns, rows)
+
+
+def _thresholds(results: Sequence[Result]) -> list[str]:
+    with_pools = [result for result in results if result["pools"]]
+    if not with_pools:
+        return ["No pools."]
+    best, same, asked = evidence.best_thresholds(with_pools)
+    return [
+        *evidence.threshold_table(with_pools),
+        "",
+        "as greedy: how many decisions on candidates, the first left out, are those of greedy soup, over all pools; "
+        "kept: candidates kept, the first left out. The scores' differences are means over the pools, in the "
+        "measure's own direction.",
+        "",
+        f"Closest to greedy soup: {', '.join(f'{t:g}' for t in best)}, with {same} of {asked} decisions.",
+    ]
+
+
+def _paper(file: Path) -> list[str]:
+    if not file.exists():
+        return []
+    paper = json.loads(file.read_text("utf-8"))
+    lines = ["", "## The paper's own numbers", "", f"{paper['source']}. {paper['how']}"]
+    for name in dict.fromkeys(row["table"] for row in paper["rows"]):
+        rows = [row for row in paper["rows"] if row["table"] == name]
+        metrics = list(dict.fromkeys(row["metric"] for row in rows))
+        cells: dict[tuple[str, str], dict[str, str]] = {}
+        for row in rows:
+            unit = "" if row["unit"] == "1" else f" {row['unit']}"
+            cells.setdefault((row["model"], row["method"]), {})[row["metric"]] = f"{row['value']}{unit}"
+        body = [[f"{m}, {method}", *(found.get(x, "") for x in metrics)] for (m, method), found in cells.items()]
+        sources = ", ".join(dict.fromkeys(f"<{row['source']}>" for row in rows))
+        lines += ["", f"### {name}", "", *table(["model, method", *metrics], body), "", f"Source: {sources}"]
+    for title, key in (("Findings without numbers", "findings"), ("Not found", "not_found")):
+        lines += ["", f"### {title}", "", *(f"- {_finding(item)}" for item in paper.get(key, []))]
+    return lines
+
+
+def _finding(item: Any) -> str:
+    return item if isinstance(item, str) else f"{item['what']} (<{item['source']}>)"
+
+
+def _circumstances(results: Sequence[Result]) -> list[str]:
+    first = results[0]
+    lines = [f"- {key}: {value}" for key, value in first["machine"].items()]
+    lines.append(f"- libraries of the training: {', '.join(f'{k} {v}' for k, v in first['versions'].items())}")
+    for result in results:
+        seconds = result["seconds"]
+        lines.append(
+            f"- {result['track']}: {seconds['work'] / 60:.1f} minutes of work on one thread, in all jobs together"
+        )
+    walls = {round(r["seconds"]["wall of the whole command"] / 60, 1) for r in results}
+    fresh = {r["seconds"]["jobs done in this run, all tracks"] for r in results}
+    lines.append(
+        f"- the command that wrote the result files: {', '.join(map(str, sorted(walls)))} minutes with "
+        f"{first['seconds']['workers']} workers, {', '.join(map(str, sorted(fresh)))} jobs done in it"
+    )
+    return lines
+
+
+def _images(figures: Sequence[str]) -> list[str]:
+    return [line for name in figures for line in ("", f"![{Path(name).stem.replace('-', ' ')}]({name})")]
+
+
+def _included(file: Path) -> list[str]:
+    return ["", file.read_text("utf-8").rstrip()] if file.exists() else []
