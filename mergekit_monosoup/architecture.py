@@ -127,7 +127,8 @@ def _own_definition(
     label = _class_name(*next(iter(configs.items())))
     try:
         arch = _without_optional_aliases(get_architecture_info(config, options))
-    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+    # An AssertionError: mergekit looks for the files of a base with an adapter before it has merged them.
+    except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         return _Definition(None, f"mergekit cannot infer the architecture {label} ({error})", True)
     lost = None
     for model, model_config in configs.items():

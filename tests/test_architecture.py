@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
+import peft
 import pytest
 import torch
 from checkpoints import copy_with_tensors, edit_config, load_tensors
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from commands import forget_loaders, recipe, write_config
 from families import BY_KEY, write_pair
 from mergekit.architecture.json_definitions import NAME_TO_ARCH
+from transformers import AutoModelForImageClassification
 
 pytestmark = pytest.mark.usefixtures("registered", "one_thread")
 OPTIONS = ("--no-copy-tokenizer", "--no-write-model-card", "--quiet")
@@ -29,13 +31,13 @@ def pairs(tmp_path_factory):
     return get
 
 
-def merge(folder, config):
+def merge(folder, config, *options):
     from mergekit_monosoup.cli.merge import merge as command
 
     forget_loaders()
     before = dict(NAME_TO_ARCH)
     try:
-        arguments = [str(write_config(folder, config)), str(folder / "out"), *OPTIONS]
+        arguments = [str(write_config(folder, config)), str(folder / "out"), *OPTIONS, *options]
         return CliRunner().invoke(command, arguments)
     finally:
         forget_loaders()
@@ -124,3 +126,26 @@ def test_a_config_without_a_class_is_refused(tmp_path, pairs):
     result = merge(tmp_path, recipe(base, tuned))
     assert result.exit_code == 1
     assert "names no class under architectures" in result.output
+
+
+def test_an_adapter_of_an_architecture_that_mergekit_infers(tmp_path, pairs):
+    base, _ = pairs("vit-classification")
+    model = AutoModelForImageClassification.from_pretrained(base)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "expected")
+    config = {
+        "merge_method": "linear",
+        "models": [{"model": f"{base}+{tmp_path / 'adapter'}", "parameters": {"weight": 1.0}}],
+        "dtype": "float32",
+    }
+    result = merge(tmp_path, config, "--lora-merge-cache", str(tmp_path / "cache"))
+    assert result.exit_code == 0, result.output
+    merged, expected = load_tensors(tmp_path / "out"), load_tensors(tmp_path / "expected")
+    assert set(merged) == set(expected)
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)

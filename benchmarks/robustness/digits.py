@@ -1,6 +1,6 @@
 """The images of the vision tracks: scikit-learn's digits, their splits, the shifts, the augmentation.
 
-The data set comes with scikit-learn (1797 images of 8 x 8 pixels with values 0 to 16, made from the test part of
+The data set comes with scikit-learn (1797 images of 8 x 8 pixels with values 0 to 16, the test part of
 "Optical Recognition of Handwritten Digits", UCI): nothing is downloaded. Everything is computed
 from seeds by NumPy and SciPy, in float64, on arrays [images, 8, 8] with values from 0 to 1.
 """
@@ -186,7 +186,7 @@ def blurred(images: Images, sigma: float) -> Images:
 
 
 def thickened(images: Images, size: int) -> Images:
-    """Thicken the strokes by grey dilation with a square of size/4 pixels; thin them by erosion where negative."""
+    """Thicken strokes by grey dilation with a square of size/4 pixels; thin them where size is negative."""
     fine = ndimage.zoom(images, (1, _FINE, _FINE), order=1, mode="grid-constant", grid_mode=True)
     change = ndimage.grey_dilation if size > 0 else ndimage.grey_erosion
     changed = change(fine, size=(1, abs(size), abs(size)))
