@@ -1,6 +1,6 @@
 """The study, from the text and images that this machine has to RESULTS.md.
 
-    python -m benchmarks.robustness [--short]
+python -m benchmarks.robustness [--short]
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import click
 
-from benchmarks.robustness.jobs import JobError, Store, run_jobs, write_json
+from benchmarks.robustness.jobs import JobError, run_jobs
+from benchmarks.robustness.store import Store, write_json
 from benchmarks.robustness.tracks import TRACKS, versions
 
 HERE = Path(__file__).resolve().parent
 
 
 @click.command(context_settings={"max_content_width": 100})
-@click.option("--short", is_flag=True, help="A check in minutes that everything runs; its numbers mean little.")
+@click.option(
+    "--short", is_flag=True, help="A check in minutes that everything runs; its numbers mean little."
+)
 @click.option(
     "--work",
     type=click.Path(file_okay=False, path_type=Path),
@@ -35,7 +38,9 @@ HERE = Path(__file__).resolve().parent
     help="Folder of checkpoints and single results, from which an interrupted run goes on.  [default: .study]",
 )
 @click.option("--track", "names", multiple=True, help="Only this one; repeatable.  [default: all]")
-@click.option("--jobs", type=click.IntRange(min=0), default=2, show_default=True, help="Processes, of one thread each.")
+@click.option(
+    "--jobs", type=click.IntRange(min=0), default=2, show_default=True, help="Processes, of one thread each."
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -70,7 +75,9 @@ def _run(names: tuple[str, ...], short: bool, work: Path, workers: int, out: Pat
     every = [job for plan in plans.values() for job in plan.jobs()]
     store = Store(work)
     fresh = sum(store.done(job.key) is None for job in every)
-    click.echo(f"{len(every)} jobs, {len(every) - fresh} of them done before; work folder {store.root}", err=True)
+    click.echo(
+        f"{len(every)} jobs, {len(every) - fresh} of them done before; work folder {store.root}", err=True
+    )
     try:
         done = run_jobs(every, store, workers)
     except JobError as error:

@@ -31,7 +31,11 @@ def mergekit_yaml(recipe: dict[str, Any], out: Path, *options: str | Path) -> No
 
     register()
     command = importlib.import_module("mergekit.scripts.run_yaml").main
-    _run(command, "mergekit-yaml", [_recipe_file(recipe, out), out, *_MERGING, "--no-write-model-card", *options])
+    _run(
+        command,
+        "mergekit-yaml",
+        [_recipe_file(recipe, out), out, *_MERGING, "--no-write-model-card", *options],
+    )
 
 
 def merge(recipe: dict[str, Any], out: Path, *options: str | Path) -> None:
@@ -39,7 +43,9 @@ def merge(recipe: dict[str, Any], out: Path, *options: str | Path) -> None:
     monosoup("merge", _recipe_file(recipe, out), out, *_MERGING, "--no-write-model-card", *options)
 
 
-def align(base: Path, checkpoints: Sequence[Path], scores: Sequence[float], threshold: float) -> dict[str, Any]:
+def align(
+    base: Path, checkpoints: Sequence[Path], scores: Sequence[float], threshold: float
+) -> dict[str, Any]:
     """`mergekit-monosoup align --json`: cosines of the updates, and what sfgs would take."""
     given = [option for score in scores for option in ("--score", repr(score))]
     printed = monosoup("align", base, *checkpoints, *given, "--threshold", str(threshold), "--json")
@@ -53,7 +59,18 @@ def greedy(
     """`mergekit-monosoup greedy`; returns the members of the soup, in the order they joined."""
     score = [*SCORE, track, *(["--short"] if short else []), "{model}"]
     options = ["--lower-is-better"] if lower_is_better else []
-    monosoup("greedy", *checkpoints, "--out", out, "--eval", shlex.join(score), "--journal", journal, *options, *_MERGING)
+    monosoup(
+        "greedy",
+        *checkpoints,
+        "--out",
+        out,
+        "--eval",
+        shlex.join(score),
+        "--journal",
+        journal,
+        *options,
+        *_MERGING,
+    )
     recipe = yaml.safe_load((out / "mergekit_config.yml").read_text("utf-8"))
     return [Path(model["model"]) for model in recipe["models"]]
 

@@ -102,7 +102,8 @@ def _rivals(result: Result) -> list[str]:
 def _against(result: Result, what: str, others: Sequence[str]) -> Finding:
     """Compare the mean of ID and mean OOD; the verdict is on the hardest of the others."""
     sums = {
-        other: [(first + second) / 2 for first, second in gains(result, "MonoSoup", other)] for other in others
+        other: [(first + second) / 2 for first, second in gains(result, "MonoSoup", other)]
+        for other in others
     }
     parts = [f"{other} in {_count(values)} ({_mean(result, values)})" for other, values in sums.items()]
     hardest = min(sums.values(), key=fmean)

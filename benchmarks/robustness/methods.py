@@ -47,9 +47,7 @@ def of_one() -> list[Method]:
     ]
     methods += [Method(label, "ablation", monosoup(mixing=name)) for label, name in _ABLATIONS.items()]
     methods += [Method(f"Wise-FT α={a}", "wise-ft", wise_ft(a), a) for a in ALPHAS]
-    methods += [
-        Method(f"MonoSoup → Wise-FT α={a}", "monosoup-wise-ft", monosoup(alpha=a), a) for a in ALPHAS
-    ]
+    methods += [Method(f"MonoSoup → Wise-FT α={a}", "monosoup-wise-ft", monosoup(alpha=a), a) for a in ALPHAS]
     methods += [Method(f"LiNeS ({a}, {b})", "lines", lines(a, b)) for a, b in _LINES]
     return methods
 

@@ -35,9 +35,9 @@ def read_results(folder: Path) -> list[Result]:
 def _draw(results: Sequence[Result], folder: Path) -> list[Path]:
     if importlib.util.find_spec("matplotlib") is None:
         return []
-    from benchmarks.robustness.figures import draw_all
+    from benchmarks.robustness.figures import draw_track
 
-    return draw_all(results, folder)
+    return [file for result in results for file in draw_track(result, folder)]
 
 
 def as_page(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
@@ -55,8 +55,6 @@ def as_page(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
     lines += _included(HERE / "discussion.md")
     for result in results:
         lines += _track(result, [name for name in figures if Path(name).name.startswith(result["track"])])
-    general = [name for name in figures if not Path(name).name.startswith(tuple(r["track"] for r in results))]
-    lines += _images(general)
     lines += ["", "## The threshold of SFGS", "", *_thresholds(results)]
     lines += _paper(HERE / "paper.json")
     lines += ["", "## Machine, versions, time", "", *_circumstances(results)]
@@ -90,12 +88,22 @@ def _track(result: Result, figures: Sequence[str]) -> list[str]:
     full = [r for r in result["recipes"] if r["lora_rank"] is None]
     count = len(full) * len(result["seeds"])
     lines += ["", *_recipes(result), "", f"### All {count} full fine-tunes", ""]
-    lines += ["Means ± standard deviations over recipes and seeds; changes are paired with the fine-tuned one.", ""]
+    lines += [
+        "Means ± standard deviations over recipes and seeds; changes are paired with the fine-tuned one.",
+        "",
+    ]
     lines += tables.overview(result)
     for recipe in full_recipes(result):
         lines += ["", f"### {recipe}", "", f"Over seeds {', '.join(map(str, result['seeds']))}.", ""]
         lines += tables.of_recipe(result, recipe)
-    lines += ["", "### Wise-FT with and without MonoSoup", "", *tables.curves(result), "", tables.at_equal_id(result)]
+    lines += [
+        "",
+        "### Wise-FT with and without MonoSoup",
+        "",
+        *tables.curves(result),
+        "",
+        tables.at_equal_id(result),
+    ]
     if lora_recipes(result):
         lines += ["", "### LoRA", "", *tables.of_adapters(result)]
     if result["pools"]:
@@ -139,7 +147,9 @@ def _paper(file: Path) -> list[str]:
         for row in rows:
             unit = "" if row["unit"] == "1" else f" {row['unit']}"
             cells.setdefault((row["model"], row["method"]), {})[row["metric"]] = f"{row['value']}{unit}"
-        body = [[f"{m}, {method}", *(found.get(x, "") for x in metrics)] for (m, method), found in cells.items()]
+        body = [
+            [f"{m}, {method}", *(found.get(x, "") for x in metrics)] for (m, method), found in cells.items()
+        ]
         sources = ", ".join(dict.fromkeys(f"<{row['source']}>" for row in rows))
         lines += ["", f"### {name}", "", *table(["model, method", *metrics], body), "", f"Source: {sources}"]
     for title, key in (("Findings without numbers", "findings"), ("Not found", "not_found")):
@@ -154,7 +164,9 @@ def _finding(item: Any) -> str:
 def _circumstances(results: Sequence[Result]) -> list[str]:
     first = results[0]
     lines = [f"- {key}: {value}" for key, value in first["machine"].items()]
-    lines.append(f"- libraries of the training: {', '.join(f'{k} {v}' for k, v in first['versions'].items())}")
+    lines.append(
+        f"- libraries of the training: {', '.join(f'{k} {v}' for k, v in first['versions'].items())}"
+    )
     for result in results:
         seconds = result["seconds"]
         lines.append(

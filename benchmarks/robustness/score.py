@@ -1,6 +1,6 @@
 """Print the validation score of a checkpoint last, for `mergekit-monosoup greedy`.
 
-    python -m benchmarks.robustness.score TRACK [--short] CHECKPOINT
+python -m benchmarks.robustness.score TRACK [--short] CHECKPOINT
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.robustness import methods, work
-from benchmarks.robustness.jobs import Done, Job
+from benchmarks.robustness.store import Done, Job
 from benchmarks.robustness.track import Recipe, Track
 from benchmarks.robustness.tracks import code_stamp, open_track, package_stamp, track_stamp
 
@@ -54,7 +54,10 @@ class Plan:
 def plan(name: str, short: bool) -> Plan:
     """Return the jobs of a track."""
     track = open_track(name, short)
-    own, merging = track_stamp(name, short), package_stamp() + code_stamp("methods.py", "commands.py", "work.py")
+    own, merging = (
+        track_stamp(name, short),
+        package_stamp() + code_stamp("methods.py", "commands.py", "work.py"),
+    )
     arguments = {"track": name, "short": short}
     costs = _QUICK if short else _COSTS.get(name, _QUICK)
     base = Job(f"{track.name}: pre-train", work.pretrain, arguments, stamp=own, cost=costs.pretrain)

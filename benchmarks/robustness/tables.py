@@ -41,9 +41,7 @@ def of_adapters(result: Result) -> list[str]:
     return _of_methods(result, methods, recipes, shifts=True)
 
 
-def _of_methods(
-    result: Result, methods: Sequence[str], recipes: Sequence[str], *, shifts: bool
-) -> list[str]:
+def _of_methods(result: Result, methods: Sequence[str], recipes: Sequence[str], *, shifts: bool) -> list[str]:
     scale = Scale(result)
     columns = ["method", "ID", "mean OOD", "ID, change", "mean OOD, change"]
     columns += result["shifts"] if shifts else []
@@ -68,7 +66,13 @@ def _of_methods(
 def curves(result: Result) -> list[str]:
     """Return Wise-FT and MonoSoup then Wise-FT by alpha, over all full fine-tunes."""
     scale = Scale(result)
-    columns = ["α", "ID, Wise-FT", "mean OOD, Wise-FT", "ID, MonoSoup → Wise-FT", "mean OOD, MonoSoup → Wise-FT"]
+    columns = [
+        "α",
+        "ID, Wise-FT",
+        "mean OOD, Wise-FT",
+        "ID, MonoSoup → Wise-FT",
+        "mean OOD, MonoSoup → Wise-FT",
+    ]
     inner = sorted({row["alpha"] for row in result["rows"] if row["family"] == "wise-ft"})
     names = {0.0: ("base", "base"), 1.0: ("fine-tuned", "MonoSoup")}
     names |= {a: (f"Wise-FT α={a}", f"MonoSoup → Wise-FT α={a}") for a in inner}

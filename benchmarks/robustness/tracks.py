@@ -69,7 +69,9 @@ def track_stamp(name: str, short: bool) -> str:
 def package_stamp() -> str:
     """Return a digest of this package's code and of mergekit's version, for everything that merges."""
     package = _HERE.parent.parent / "mergekit_monosoup"
-    return _digest(*(file.read_bytes() for file in sorted(package.rglob("*.py"))), _json(_version("mergekit")))
+    return _digest(
+        *(file.read_bytes() for file in sorted(package.rglob("*.py"))), _json(_version("mergekit"))
+    )
 
 
 def code_stamp(*names: str) -> str:

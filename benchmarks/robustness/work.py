@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.robustness import commands, methods
-from benchmarks.robustness.jobs import Task
 from benchmarks.robustness.methods import Method
+from benchmarks.robustness.store import Task
 from benchmarks.robustness.track import Track
 from benchmarks.robustness.tracks import open_track
 
