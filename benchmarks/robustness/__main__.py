@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve().parent
     "--work",
     type=click.Path(file_okay=False, path_type=Path),
     default=HERE.parent.parent / ".study",
-    help="Folder of checkpoints and single results, from which an interrupted run goes on.  [default: .study]",
+    help="Folder of checkpoints and single results; an interrupted run goes on.  [default: .study]",
 )
 @click.option("--track", "names", multiple=True, help="Only this one; repeatable.  [default: all]")
 @click.option(

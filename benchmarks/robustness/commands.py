@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 # Nothing but the weights: the checkpoints of the study have no tokenizer, or share one.
-_MERGING = ("--no-copy-tokenizer", "--quiet")
+_MERGING = ("--no-copy-tokenizer", "--no-write-model-card", "--quiet")
 
 
 # What scores a candidate of a greedy soup; track and checkpoint follow.
@@ -34,13 +34,13 @@ def mergekit_yaml(recipe: dict[str, Any], out: Path, *options: str | Path) -> No
     _run(
         command,
         "mergekit-yaml",
-        [_recipe_file(recipe, out), out, *_MERGING, "--no-write-model-card", *options],
+        [_recipe_file(recipe, out), out, *_MERGING, *options],
     )
 
 
 def merge(recipe: dict[str, Any], out: Path, *options: str | Path) -> None:
     """`mergekit-monosoup merge RECIPE OUT`."""
-    monosoup("merge", _recipe_file(recipe, out), out, *_MERGING, "--no-write-model-card", *options)
+    monosoup("merge", _recipe_file(recipe, out), out, *_MERGING, *options)
 
 
 def align(

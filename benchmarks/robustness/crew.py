@@ -34,6 +34,7 @@ class Order:
 
     @classmethod
     def of(cls, job: Job, store: Store) -> Order:
+        """Return the order for a job."""
         needs = {alias: need.key for alias, need in job.needs.items()}
         return cls(job.name, job.key, job.function, dict(job.arguments), needs, store.root)
 
@@ -104,6 +105,7 @@ class Here:
         self._news: list[Any] = []
 
     def start(self, order: Order) -> Future[Done]:
+        """Do the job at once."""
         future: Future[Done] = Future()
         try:
             future.set_result(_execute(order, self._news.append))
@@ -112,6 +114,7 @@ class Here:
         return future
 
     def news(self) -> list[Any]:
+        """Return what has been told since the last time: key, share done, a line."""
         told, self._news = self._news, []
         return told
 
@@ -142,9 +145,11 @@ class Workers:
         self.executor = ProcessPoolExecutor(count, context, initializer=_enlist, initargs=(self._queue,))
 
     def start(self, order: Order) -> Future[Done]:
+        """Hand the job to the next free worker."""
         return self.executor.submit(_execute_in_worker, order)
 
     def news(self) -> list[Any]:
+        """Return what has been told since the last time: key, share done, a line."""
         told = []
         while not self._queue.empty():
             told.append(self._queue.get())
@@ -153,6 +158,7 @@ class Workers:
 
 @contextmanager
 def crew_of(workers: int) -> Iterator[Here | Workers]:
+    """Yield who does the jobs: so many worker processes, or for 0 this one."""
     if workers == 0:
         yield Here()
         return

@@ -57,8 +57,8 @@ def _premise(result: Result) -> Finding:
     pairs = [(-first, -second) for first, second in gains(result, "base", "fine-tuned")]
     better, worse = [first for first, _ in pairs], [-second for _, second in pairs]
     sentence = (
-        f"Fine-tuning improves ID in {_count(better)} checkpoints (mean {_mean(result, better)}) and worsens mean "
-        f"OOD in {_count(worse)} (mean {_mean(result, [-value for value in worse])})."
+        f"Fine-tuning improves ID in {_count(better)} checkpoints (mean {_mean(result, better)}) and worsens "
+        f"mean OOD in {_count(worse)} (mean {_mean(result, [-value for value in worse])})."
     )
     both = [min(first, second) for first, second in zip(better, worse, strict=True)]
     return Finding("premise: fine-tuning gains ID and costs OOD", verdict(both), sentence)
@@ -78,8 +78,8 @@ def _cheap(result: Result) -> Finding:
     pairs = gains(result, "MonoSoup", "fine-tuned")
     ids, both = [first for first, _ in pairs], [first + second for first, second in pairs]
     sentence = (
-        f"ID changes by {_mean(result, ids)} on average and improves in {_count(ids)}; mean OOD gains more than ID "
-        f"loses in {_count(both)} (mean of the two changes' sum {_mean(result, both)})."
+        f"ID changes by {_mean(result, ids)} on average and improves in {_count(ids)}; mean OOD gains more than "
+        f"ID loses in {_count(both)} (mean of the two changes' sum {_mean(result, both)})."
     )
     return Finding("MonoSoup costs less ID than it gains OOD", verdict(both), sentence)
 
@@ -134,9 +134,9 @@ def _adapters(result: Result) -> Finding | None:
     merged, exact = (
         gains(result, method, "fine-tuned", recipes) for method in ("MonoSoup", "MonoSoup, exact LoRA")
     )
-    ood = [second for _, second in merged]
+    ids, ood = [first for first, _ in merged], [second for _, second in merged]
     sentence = (
-        f"On LoRA fine-tunes, MonoSoup of the merged weights changes ID by {_mean(result, [a for a, _ in merged])} "
+        f"On LoRA fine-tunes, MonoSoup of the merged weights changes ID by {_mean(result, ids)} "
         f"and mean OOD by {_mean(result, ood)}, better in {_count(ood)}; from the factors, ID by "
         f"{_mean(result, [a for a, _ in exact])} and mean OOD by {_mean(result, [b for _, b in exact])}."
     )

@@ -45,8 +45,8 @@ def as_page(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
     lines = [
         "# The robustness study: results",
         "",
-        "Written by `python -m benchmarks.robustness` from the files in `results/` (`--report-only` writes this page "
-        "anew), the paper's numbers in `paper.json` and the text of `discussion.md`; do not edit it. "
+        "Written by `python -m benchmarks.robustness` from the files in `results/` (`--report-only` writes this "
+        "page anew), the paper's numbers in `paper.json` and the text of `discussion.md`; do not edit it. "
         "[DESIGN.md](DESIGN.md) says what was done and was written before the run.",
     ]
     if any(result["short"] for result in results):
@@ -72,9 +72,9 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
     lines = table(columns, body)
     lines += [
         "",
-        "agrees: on average and in at least three quarters of the cases; does not agree: not on average and in at "
-        "most a quarter; mixed: anything else. The cases are fine-tuned checkpoints (recipe and seed), points of "
-        "curves, or pools.",
+        "agrees: on average and in at least three quarters of the cases; does not agree: not on average and in "
+        "at most a quarter; mixed: anything else. The cases are fine-tuned checkpoints (recipe and seed), points "
+        "of curves, or pools.",
     ]
     for track, found in made.items():
         lines += ["", f"**{track}**", "", *(f"- {finding.sentence}" for finding in found.values())]
@@ -127,8 +127,8 @@ def _thresholds(results: Sequence[Result]) -> list[str]:
     return [
         *evidence.threshold_table(with_pools),
         "",
-        "as greedy: how many decisions on candidates, the first left out, are those of greedy soup, over all pools; "
-        "kept: candidates kept, the first left out. The scores' differences are means over the pools, in the "
+        "as greedy: how many decisions on candidates, the first left out, are those of greedy soup, over all "
+        "pools; kept: candidates kept, the first left out. The scores' differences are means over the pools, in the "
         "measure's own direction.",
         "",
         f"Closest to greedy soup: {', '.join(f'{t:g}' for t in best)}, with {same} of {asked} decisions.",
@@ -168,10 +168,8 @@ def _circumstances(results: Sequence[Result]) -> list[str]:
         f"- libraries of the training: {', '.join(f'{k} {v}' for k, v in first['versions'].items())}"
     )
     for result in results:
-        seconds = result["seconds"]
-        lines.append(
-            f"- {result['track']}: {seconds['work'] / 60:.1f} minutes of work on one thread, in all jobs together"
-        )
+        minutes = result["seconds"]["work"] / 60
+        lines.append(f"- {result['track']}: {minutes:.1f} minutes of work on one thread, all jobs together")
     walls = {round(r["seconds"]["wall of the whole command"] / 60, 1) for r in results}
     fresh = {r["seconds"]["jobs done in this run, all tracks"] for r in results}
     lines.append(

@@ -179,8 +179,8 @@ def _rows(made: Plan, done: Mapping[Job, Done]) -> list[dict[str, Any]]:
                 rows.append({**place, **row, "scores": tuned["scores"], "seconds": None})
             for method in known:
                 value = done[made.merged[recipe.name, seed, method.label]].value
-                row = {"method": method.label, "family": method.family, "alpha": method.alpha}
-                rows.append({**place, **row, "scores": value["scores"], "seconds": value["seconds"]})
+                what = {"method": method.label, "family": method.family, "alpha": method.alpha}
+                rows.append({**place, **what, "scores": value["scores"], "seconds": value["seconds"]})
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
@@ -91,7 +92,7 @@ def curve(result: Result, recipe: str, seed: int, edited: bool) -> list[Point]:
 def best_at(points: Sequence[Point], x: float) -> float | None:
     """Return the largest y that the polyline through the points takes at x; None where it has no x."""
     found = []
-    for (x1, y1), (x2, y2) in zip(points, points[1:], strict=False):
+    for (x1, y1), (x2, y2) in pairwise(points):
         if min(x1, x2) <= x <= max(x1, x2):
             if x1 == x2:
                 found.append(max(y1, y2))

@@ -96,8 +96,8 @@ def at_equal_id(result: Result) -> str:
     above = sum(value > 0 for value in found)
     mean = scale.change(sign * sum(found) / len(found))
     return (
-        f"At equal ID, read off Wise-FT's curve between its points, {above} of the {len(found)} comparable points of "
-        f"MonoSoup's curves have the better mean OOD; the mean difference is {mean} {scale.points}."
+        f"At equal ID, read off Wise-FT's curve between its points, {above} of the {len(found)} comparable "
+        f"points of MonoSoup's curves have the better mean OOD; the mean difference is {mean} {scale.points}."
     )
 
 
