@@ -24,7 +24,7 @@ DOMAINS = ("prose", "python", "headers", "licences", "tables")
 # One document ends, another begins. The byte occurs in no text and is the models' end-of-text token.
 END_OF_DOCUMENT = b"\0"
 # Without this much a domain can be neither learnt nor measured.
-SMALLEST = {"train": 100_000, "validation": 12_000, "test": 24_000}
+SMALLEST = {"train": 100_000, "validation": 12_500, "test": 24_000}
 
 # Distributions whose docstrings are read, and how much of their source, in a fixed random order of the files.
 DOCUMENTED = {"numpy": 1_000_000, "scipy": 2_000_000, "scikit-learn": 2_000_000, "torch": 1_000_000}
@@ -62,7 +62,10 @@ class Corpus:
 @cache
 def corpus(domain: str) -> Corpus:
     """Return a domain's text; raise CorpusError if this machine has too little of it."""
-    documents, sources = _READERS[domain]()
+    try:
+        documents, sources = _READERS[domain]()
+    except (metadata.PackageNotFoundError, ModuleNotFoundError) as error:
+        raise CorpusError(f"domain {domain!r}: {error.name} is not installed; {_REMEDIES[domain]}") from error
     splits = _split(documents)
     for name, least in SMALLEST.items():
         if len(splits[name]) < least:
