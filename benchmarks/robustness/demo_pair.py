@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ LICENCES = {
     "python": "source code of Python's standard library without its docstrings (PSF-2.0)",
     "headers": "C and C++ headers of PyTorch (BSD-3-Clause) and of Python (PSF-2.0)",
     "licences": "licence texts themselves, quoted in part; their holders permit verbatim copies",
-    "tables": "data sets that scikit-learn (BSD-3-Clause) brings along, from the UCI Machine Learning "
-    "Repository (CC BY 4.0)",
+    "tables": "breast cancer, digits, iris and wine of the UCI Machine Learning Repository (CC BY 4.0), as "
+    "scikit-learn (BSD-3-Clause) brings them along",
 }
 
 
@@ -86,7 +87,7 @@ def base_card(data: Mapping[str, Any], scores: Mapping[str, float]) -> str:
     pretraining = language.FULL.pretraining
     return _card(
         "A small byte-level base model",
-        f"""\
+        f"""
 {language.LanguageTrack.architecture}. Pre-trained from scratch, in minutes on a CPU, by this repository's
 robustness study (`python -m benchmarks.robustness.demo_pair`) for its demonstration; of no other use.
 
@@ -126,6 +127,10 @@ def _card(title: str, body: str, data: Mapping[str, Any], scores: Mapping[str, f
     )
     measured = "\n".join(f"| {name} | {value:.3f} |" for name, value in scores.items())
     made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
+    origin = (
+        f"The text is what the machine had of {', '.join(sources)}, and the licence texts of its packages. "
+        f"Made with {made_with}."
+    )
     return f"""\
 ---
 language: en
@@ -139,7 +144,7 @@ tags:
 
 # {title}
 
-{body}
+{_wrapped(body)}
 
 Trained in float32 and rounded to bfloat16. A token id is the value of a byte; 0 ends a text.
 
@@ -153,14 +158,17 @@ Held-out text, bits per byte in float32 before rounding, as the study measures i
 |---|---|
 {measured}
 
-The text is what the machine had of {", ".join(sources)}, and the licence texts of installed packages.
-Made with {made_with}.
+{_wrapped(origin)}
 
 ## Licence
 
 Weights and card: Apache-2.0, as this repository. The training text is not part of it; it is under the
 licences of its packages, named in `../heldout/README.md`.
 """
+
+
+def _wrapped(text: str) -> str:
+    return "\n\n".join(textwrap.fill(part, 110) for part in text.strip().split("\n\n"))
 
 
 def write_held_out(out: Path, data: Mapping[str, Any]) -> None:
@@ -180,8 +188,8 @@ def write_held_out(out: Path, data: Mapping[str, Any]) -> None:
         f"""\
 # Held-out text
 
-Excerpts of the study's test splits, at most {EXCERPT_BYTES} bytes of a document, for `make demo`: none of it
-was trained on. `prose.txt` is in distribution for the fine-tuned model; the others are not.
+Excerpts of the study's test splits, the beginnings of documents, for `make demo`: none of it was trained on.
+`prose.txt` is in distribution for the fine-tuned model; the others are not.
 
 | file | bytes | SHA-256, first 16 digits | what it is, and its licence |
 |---|---|---|---|
@@ -198,18 +206,28 @@ Versions of the sources:
 
 
 def excerpts(text: bytes, size: int, longest: int) -> bytes:
-    """Return the beginnings of documents, whole lines of at most `longest` bytes each, up to `size` bytes."""
+    """Return the beginnings of documents in whole lines, up to about `size` bytes.
+
+    Of at most `longest` bytes each; where that does not come to `size`, twice as long, and so on.
+    """
     from benchmarks.robustness.text import END_OF_DOCUMENT
 
+    documents = text.split(END_OF_DOCUMENT)
+    pieces = [_beginning(document, longest) for document in documents]
+    if sum(map(len, pieces)) < size and longest < max(map(len, documents)):
+        return excerpts(text, size, 2 * longest)
     chosen: list[bytes] = []
-    for document in text.split(END_OF_DOCUMENT):
-        piece = document[:longest]
-        if len(document) > longest:
-            piece = piece[: piece.rfind(b"\n") + 1]
-        piece = piece.strip(b"\n")
-        if piece and sum(map(len, chosen)) < size:
+    for piece in filter(None, pieces):
+        if sum(map(len, chosen)) < size:
             chosen.append(piece)
     return b"\n\n".join(chosen) + b"\n"
+
+
+def _beginning(document: bytes, longest: int) -> bytes:
+    if len(document) > longest:
+        document = document[:longest]
+        document = document[: document.rfind(b"\n") + 1]
+    return document.strip(b"\n")
 
 
 if __name__ == "__main__":
