@@ -155,7 +155,7 @@ def bits_per_byte(model: PreTrainedModel, text: bytes) -> float:
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     total = 0.0
     for part in windows.split(16):
-        logits = model(input_ids=part).logits[:, :-1]
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1]
         total += functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
     return total / windows[:, 1:].numel() / math.log(2)
 
