@@ -218,7 +218,7 @@ def thresholds(result: Result) -> Figure | None:
             if method in soups:
                 axes.axhline(soups[method][side], color=colour, linestyle=dash, label=method)
         axes.set_title(name)
-        axes.set_ylabel(axis(result), labelpad=1)
+        axes.set_ylabel(axis(result))
         orient(result, axes, "y")
     kept = row[2]
     kept.plot(levels, [len(entry["taken"]) for entry in entries], "-o", color="#D55E00", markersize=5)

@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 Result = Mapping[str, Any]
@@ -59,7 +60,7 @@ def style(number: int) -> dict[str, Any]:
 def panels(count: int, title: str, *, share: bool = False) -> tuple[Figure, list[Axes]]:
     """Return a figure with panels side by side."""
     # Not pyplot: it would choose a window system, and keep every figure in memory.
-    figure = Figure(figsize=(1 + 3.4 * count, 4.6), layout="constrained")
+    figure = Figure(figsize=(1 + 3.4 * count, 4.6), layout=ConstrainedLayoutEngine(w_pad=0.08))
     made = list(figure.subplots(1, count, squeeze=False, sharey=share)[0])
     figure.suptitle(title)
     for axes in made:
