@@ -1,13 +1,14 @@
-"""The main job from end to end: train a small pair, merge it with stock mergekit-yaml, look at it.
+"""The main job from end to end: merge the small pair of examples/models by stock mergekit-yaml, look at it.
 
     make demo
 
-Everything is written below .demo/ (`make clean` removes it). The numbers it prints say what the
-commands did to this pair; the pair is far too small to say how well the method works on real models.
+The merged model is written below .demo/ (`make clean` removes it). The numbers say what the commands did to
+this pair; it is far too small to say how well the method works on real models.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -17,46 +18,55 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file
-from small_models import Corpus, bits_per_byte, code, english, write_pair
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mergekit_monosoup import edit_update
 
+PAIR = Path("examples") / "models"
+BASE, FINETUNED, HELD_OUT = PAIR / "base", PAIR / "finetuned", PAIR / "heldout"
 WORK = Path(".demo")
-BASE, FINETUNED, MERGED = WORK / "base", WORK / "finetuned", WORK / "merged"
+MERGED = WORK / "merged"
+MODELS = {"base": BASE, "fine-tuned": FINETUNED, "merged": MERGED}
 RECIPE = """\
 merge_method: monosoup
-base_model: ./.demo/base
+base_model: ./examples/models/base
 models:
-  - model: ./.demo/finetuned
+  - model: ./examples/models/finetuned
 dtype: bfloat16
 """
 SHOWN = [
     "model.embed_tokens.weight",
     "model.layers.0.self_attn.q_proj.weight",
     "model.layers.0.mlp.down_proj.weight",
-    "model.layers.3.self_attn.q_proj.weight",
-    "model.layers.3.mlp.down_proj.weight",
+    "model.layers.5.self_attn.q_proj.weight",
+    "model.layers.5.mlp.down_proj.weight",
 ]
-PROMPT = "The value of "
+IN_DISTRIBUTION = "prose"
+SHIFTS = ["python", "headers", "licences", "tables"]
+CONTEXT = 128
+PROMPT = "Return the "
 
 
 def main() -> None:
-    """Run the demonstration in the current directory."""
+    """Run the demonstration in the current directory, the root of the repository."""
     transformers.utils.logging.disable_progress_bar()
     # Models this small gain nothing from a second thread, and lose much by it on a busy machine.
     torch.set_num_threads(1)
     started = time.monotonic()
     heading("1. A base and a fine-tuned checkpoint (Qwen3 architecture, bfloat16)")
-    prepare_pair()
+    print(
+        f"{BASE}: pre-trained on text of five kinds. {FINETUNED}: trained further on\n"
+        "English prose alone, too hard. Their cards say how they were made."
+    )
     heading("2. Five lines of YAML and the stock command")
     merge()
     heading("3. What MonoSoup did to a few tensors")
     show_coefficients()
-    heading("4. Held-out bits per byte (lower is better)")
-    show_losses(english(), code())
-    heading("5. The result writes")
-    show_sample()
+    heading("4. Bits per byte of held-out text (lower is better)")
+    show_costs()
+    heading("5. What the three write")
+    show_samples()
     heading("Your own models")
     print("""\
 Put these lines into recipe.yaml, with the checkpoint that the fine-tuning started from as the base:
@@ -80,25 +90,9 @@ def heading(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}", flush=True)
 
 
-def prepare_pair() -> None:
-    """Train the pair, unless an earlier run has left it."""
-    if (FINETUNED / "tokenizer.json").exists():
-        print(f"{BASE} and {FINETUNED} are there from an earlier run.")
-        return
-    print(
-        "Training both from scratch on text of this Python's standard library (half a minute or\n"
-        "so): the base on source code and English, the fine-tuned one on English alone."
-    )
-
-    def progress(name: str, step: int, bits: float) -> None:
-        if step % 50 == 0:
-            print(f"  {name:10}  step {step:3}  {bits:.2f} bits per byte", flush=True)
-
-    write_pair(BASE, FINETUNED, progress)
-
-
 def merge() -> None:
     """Run `mergekit-yaml` of this environment as a user would, in a process of its own."""
+    WORK.mkdir(exist_ok=True)
     recipe = WORK / "recipe.yaml"
     recipe.write_text(RECIPE, encoding="utf-8")
     print(RECIPE)
@@ -115,9 +109,7 @@ def merge() -> None:
 
 def show_coefficients() -> None:
     """Repeat the edit of a few tensors in Python, and compare with what the command wrote."""
-    base, finetuned, merged = (
-        load_file(folder / "model.safetensors") for folder in (BASE, FINETUNED, MERGED)
-    )
+    base, finetuned, merged = (load_file(folder / "model.safetensors") for folder in MODELS.values())
     header = ("tensor", "k of r", "eff. rank", "rho", "cos a", "l_high", "l_low", "as written")
     layout = "{:40} {:>10} {:>9} {:>9} {:>6} {:>7} {:>6} {:>11}"
     print(layout.format(*header))
@@ -143,24 +135,40 @@ def show_coefficients() -> None:
     )
 
 
-def show_losses(*corpora: Corpus) -> None:
+def show_costs() -> None:
     """Print the cost of held-out text under the three models."""
-    print(f"{'':12}{'English':>10}{'code':>10}")
-    for folder in (BASE, FINETUNED, MERGED):
+    texts = {name: (HELD_OUT / f"{name}.txt").read_bytes() for name in (IN_DISTRIBUTION, *SHIFTS)}
+    print(f"{'':12}{'ID: prose':>10}{'OOD mean':>10} = mean of {', '.join(SHIFTS)}")
+    for label, folder in MODELS.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        costs = "".join(f"{bits_per_byte(model, corpus):10.3f}" for corpus in corpora)
-        print(f"{folder.name:12}{costs}")
-    print("\nFine-tuned on English alone; code is what it was not fine-tuned on.")
+        inside, *outside = (bits_per_byte(model, text) for text in texts.values())
+        each = ", ".join(f"{cost:.3f}" for cost in outside)
+        print(f"{label:12}{inside:10.3f}{sum(outside) / len(outside):10.3f}   ({each})", flush=True)
+    print("\nID: the kind of text that it was fine-tuned on. OOD: what it was not.")
 
 
-def show_sample() -> None:
-    """Let the merged model continue a prompt."""
-    model = AutoModelForCausalLM.from_pretrained(MERGED, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(MERGED)
-    tokens = tokenizer(PROMPT, return_tensors="pt")
-    transformers.set_seed(0)
-    output = model.generate(**tokens, max_new_tokens=120, do_sample=True, temperature=0.5)
-    print(tokenizer.decode(output[0], skip_special_tokens=True))
+@torch.inference_mode()
+def bits_per_byte(model: PreTrainedModel, text: bytes) -> float:
+    """Return the mean cost in bits of every byte but the first of each window of CONTEXT bytes."""
+    # Token ids are bytes.
+    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    total = 0.0
+    for part in windows.split(16):
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1]
+        total += functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
+    return total / windows[:, 1:].numel() / math.log(2)
+
+
+def show_samples() -> None:
+    """Let each model continue the same prompt from the same seed."""
+    for label, folder in MODELS.items():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokens = tokenizer(PROMPT, return_tensors="pt")
+        transformers.set_seed(0)
+        output = model.generate(**tokens, max_new_tokens=110, do_sample=True, temperature=0.5)
+        print(f"{label + ':':12}{tokenizer.decode(output[0], skip_special_tokens=True)!r}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.robustness.panels import Result, axis, grid, legend, orient, panels, style
+from benchmarks.robustness.panels import Result, axis, grid, legend, orient, panels, save, style
 
 # In-distribution, and out-of-distribution: the mean over the shifts.
 Point = tuple[float, float]
 
-_DPI = 120
 _ID, _OOD = "#0072B2", "#D55E00"
 # Method -> colour, marker, filled.
 _POINTS: dict[str, tuple[str, str]] = {
@@ -54,7 +53,7 @@ def draw_track(result: Result, folder: Path) -> list[Path]:
         if figure is not None:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{result['track']}-{name}.png"
-            figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+            save(figure, path)
             written.append(path)
     return written
 
@@ -64,7 +63,9 @@ def scatter(result: Result) -> Figure | None:
     recipes = _recipes(result)
     if not recipes:
         return None
-    figure, row = panels(len(recipes), f"{result['track']}: in- against out-of-distribution", share=True)
+    figure, row = panels(
+        len(recipes), f"{result['track']}: ID against OOD, mean ± standard deviation over seeds", share=True
+    )
     for axes, recipe in zip(row, recipes, strict=True):
         for family, (label, end, colour, dash) in _CURVES.items():
             curve = [_mean(points) for _, points in _curve(result, recipe, family, end)]
@@ -89,10 +90,10 @@ def scatter(result: Result) -> Figure | None:
                 zorder=3,
             )
         axes.set_title(recipe)
-        axes.set_xlabel(axis(result, "ID"))
+        axes.set_xlabel(axis(result, "ID test"))
         orient(result, axes, "x")
         orient(result, axes, "y")
-    row[0].set_ylabel(axis(result, "OOD, mean over shifts"))
+    row[0].set_ylabel(axis(result, "OOD tests, mean over shifts"))
     legend(figure, row)
     return figure
 
@@ -137,7 +138,9 @@ def coefficients(result: Result) -> Figure | None:
     records = [r for r in result.get("lambdas", ()) if r["block"] is not None]
     if not records:
         return None
-    figure, row = panels(len(recipes), f"{result['track']}: MonoSoup's coefficient λ_low", share=True)
+    figure, row = panels(
+        len(recipes), f"{result['track']}: MonoSoup's λ_low, mean ± standard deviation over seeds", share=True
+    )
     kinds = sorted({r["kind"] for r in records})
     for axes, recipe in zip(row, recipes, strict=True):
         for number, kind in enumerate(kinds):
@@ -183,9 +186,7 @@ def similarity(result: Result) -> Figure | None:
                     continue
                 means = [sum(values) / len(values) for values in zip(*runs, strict=True)]
                 axes.plot(range(len(means)), means, **style(number), label=method)
-            axes.set_title(
-                f"with the {to} {'model' if to == 'base' else 'checkpoint'}, {inputs.upper()} inputs"
-            )
+            axes.set_title(f"with the {to} model, {inputs.upper()} inputs")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             grid(axes)
         row[0].set_ylabel("linear CKA (1 = same)")
@@ -205,7 +206,7 @@ def thresholds(result: Result) -> Figure | None:
     levels = [entry["threshold"] for entry in entries]
     figure, row = panels(3, f"{result['track']}: SFGS, all {len(pool['members'])} checkpoints")
     soups = {row["method"]: _point(result, row["scores"]) for row in pool["rows"]}
-    for side, name in enumerate(("ID", "OOD, mean over shifts")):
+    for side, name in enumerate(("ID test", "OOD tests, mean over shifts")):
         axes = row[side]
         values = [_point(result, entry["scores"])[side] for entry in entries]
         axes.plot(levels, values, "-o", color="#D55E00", label="SFGS", markersize=5)
@@ -224,8 +225,8 @@ def thresholds(result: Result) -> Figure | None:
     kept.axhline(len(pool["members"]), color="#CC79A7", linestyle="--")
     kept.axhline(len(pool["greedy"]["taken"]), color="#009E73", linestyle="-.")
     kept.axhline(1, color="#000000", linestyle=":")
-    kept.set_title("kept")
-    kept.set_ylabel("checkpoints in the soup (count)")
+    kept.set_title("checkpoints kept")
+    kept.set_ylabel("count")
     kept.yaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in row:
         axes.set_xlabel("threshold (average cosine)")
