@@ -78,8 +78,8 @@ def _cheap(result: Result) -> Finding:
     pairs = gains(result, "MonoSoup", "fine-tuned")
     ids, both = [first for first, _ in pairs], [first + second for first, second in pairs]
     sentence = (
-        f"ID changes by {_mean(result, ids)} on average and improves in {_count(ids)}; mean OOD gains more than "
-        f"ID loses in {_count(both)} (mean of the two changes' sum {_mean(result, both)})."
+        f"ID changes by {_mean(result, ids)} on average and improves in {_count(ids)}; mean OOD gains more "
+        f"than ID loses in {_count(both)} (mean of the two changes' sum {_mean(result, both)})."
     )
     return Finding("MonoSoup costs less ID than it gains OOD", verdict(both), sentence)
 

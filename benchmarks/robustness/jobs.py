@@ -95,6 +95,8 @@ class _Bar:
             if key in costs:
                 self._advance(key, share * costs[key])
         self._bar.set_postfix_str("; ".join(self._lines.get(key, "") for key in costs), refresh=False)
+        # Shown whenever the interval has passed, also while nothing advances.
+        self._bar.update(0)
 
     def finish(self, job: Job) -> None:
         self._advance(job.key, job.cost)
@@ -109,10 +111,8 @@ class _Bar:
 
 @contextmanager
 def _progress(total: float, quiet: bool) -> Iterator[_Bar]:
-    layout = "{percentage:3.0f} % |{bar:20}| {elapsed} of about {elapsed}+{remaining} {postfix}"
+    layout = "{percentage:3.0f} % |{bar:20}| {elapsed}, about {remaining} to go {postfix}"
     # In a log file a line every half minute will do.
     interval = 0.5 if sys.stderr.isatty() else 30.0
-    with tqdm(
-        total=total, bar_format=layout, disable=quiet, mininterval=interval, maxinterval=interval
-    ) as bar:
+    with tqdm(total=total, bar_format=layout, disable=quiet, mininterval=interval, miniters=0) as bar:
         yield _Bar(bar)

@@ -45,8 +45,8 @@ def as_page(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
     lines = [
         "# The robustness study: results",
         "",
-        "Written by `python -m benchmarks.robustness` from the files in `results/` (`--report-only` writes this "
-        "page anew), the paper's numbers in `paper.json` and the text of `discussion.md`; do not edit it. "
+        "Written by `python -m benchmarks.robustness` from the files in `results/` (`--report-only` writes "
+        "this page anew), the paper's numbers in `paper.json` and the text of `discussion.md`; do not edit it. "
         "[DESIGN.md](DESIGN.md) says what was done and was written before the run.",
     ]
     if any(result["short"] for result in results):
@@ -72,9 +72,9 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
     lines = table(columns, body)
     lines += [
         "",
-        "agrees: on average and in at least three quarters of the cases; does not agree: not on average and in "
-        "at most a quarter; mixed: anything else. The cases are fine-tuned checkpoints (recipe and seed), points "
-        "of curves, or pools.",
+        "agrees: on average and in at least three quarters of the cases; does not agree: not on average and "
+        "in at most a quarter; mixed: anything else. The cases are fine-tuned checkpoints (recipe and seed), "
+        "points of curves, or pools.",
     ]
     for track, found in made.items():
         lines += ["", f"**{track}**", "", *(f"- {finding.sentence}" for finding in found.values())]
@@ -128,8 +128,8 @@ def _thresholds(results: Sequence[Result]) -> list[str]:
         *evidence.threshold_table(with_pools),
         "",
         "as greedy: how many decisions on candidates, the first left out, are those of greedy soup, over all "
-        "pools; kept: candidates kept, the first left out. The scores' differences are means over the pools, in the "
-        "measure's own direction.",
+        "pools; kept: candidates kept, the first left out. The scores' differences are means over the pools, in "
+        "the measure's own direction.",
         "",
         f"Closest to greedy soup: {', '.join(f'{t:g}' for t in best)}, with {same} of {asked} decisions.",
     ]

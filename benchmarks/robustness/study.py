@@ -102,8 +102,9 @@ def _add_pools(made: Plan, arguments: dict[str, Any], stamp: str, costs: _Costs)
     track = made.track
     everything = {_member(recipe, seed): (recipe, seed) for recipe in _full(track) for seed in track.seeds}
     pools = {"all": list(everything)}
-    pools |= {r.name: [_member(r, seed) for seed in track.seeds] for r in _full(track)}
-    pools |= {f"seed {seed}": [_member(r, seed) for r in _full(track)] for seed in track.seeds}
+    if not made.short:
+        pools |= {r.name: [_member(r, seed) for seed in track.seeds] for r in _full(track)}
+        pools |= {f"seed {seed}": [_member(r, seed) for r in _full(track)] for seed in track.seeds}
     first: Job | None = None
     for pool, members in pools.items():
         if len(members) < 2:
