@@ -5,6 +5,8 @@
 #   make lint   ruff and mypy
 #   make docs   write docs/cli.md anew
 #   make bench  all benchmarks, some twenty minutes, into benchmarks/RESULTS.md
+#   make study  the robustness study, up to an hour, into benchmarks/robustness/RESULTS.md
+#   make study-short  the same in minutes, below .study/: a check that it runs
 #
 # Each creates the virtual environment .venv on first use. Another interpreter:
 #   make test PYTHON=python3.12
@@ -15,10 +17,10 @@ BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench clean
+.PHONY: help demo test lint format docs bench study study-short clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,10p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,12p'
 
 demo: $(VENV)/.test
 	$(BIN)/python examples/demo.py
@@ -46,8 +48,15 @@ bench: $(VENV)/.test
 	done
 	$(BIN)/python benchmarks/results.py
 
+# Goes on where an interrupted run stopped; `make study STUDY='--jobs 4'` for more workers.
+study: $(VENV)/.test
+	$(BIN)/python -m benchmarks.robustness $(STUDY)
+
+study-short: $(VENV)/.test
+	$(BIN)/python -m benchmarks.robustness --short $(STUDY)
+
 clean:
-	rm -rf $(VENV) .demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .demo .study build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: an installation is repeated only when what it depends on has changed.

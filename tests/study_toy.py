@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import numpy as np
 import peft
 import torch
 from checkpoints import build_model, load_tensors, structured_update
@@ -36,6 +38,10 @@ class ToyTrack:
     def pretrain(self, out, progress):
         self.trained.append("base")
         build_model("qwen3-tied").save_pretrained(out)
+        start = load_tensors(out)
+        if "STUDY_TOY" in os.environ:
+            aims = {f"aim {name}": w + 0.1 * self._target(w.shape) for name, w in start.items()}
+            np.savez(os.environ["STUDY_TOY"], **aims, **{f"start {name}": w for name, w in start.items()})
         progress(1, 1, 0.0)
 
     def finetune(self, base, recipe, seed, out, progress):

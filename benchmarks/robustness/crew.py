@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def _execute(order: Order, tell: Callable[[Any], None]) -> Done:
 def _logged(log: Path, name: str) -> Iterator[None]:
     """Send what this process and its children print to a file, a failure's traceback too."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file:
+    with log.open("w", encoding="utf-8", buffering=1) as file:
         print(name, file=file, flush=True)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -86,7 +86,8 @@ def _logged(log: Path, name: str) -> Iterator[None]:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
         try:
-            yield
+            with redirect_stdout(file), redirect_stderr(file):
+                yield
         except Exception:
             traceback.print_exc(file=file)
             raise

@@ -46,8 +46,8 @@ def as_page(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
         "# The robustness study: results",
         "",
         "Written by `python -m benchmarks.robustness` from the files in `results/` (`--report-only` writes "
-        "this page anew), the paper's numbers in `paper.json` and the text of `discussion.md`; do not edit it. "
-        "[DESIGN.md](DESIGN.md) says what was done and was written before the run.",
+        "this page anew), the paper's numbers in `paper.json` and the text of `discussion.md`; do not edit "
+        "it. [DESIGN.md](DESIGN.md) says what was done and was written before the run.",
     ]
     if any(result["short"] for result in results):
         lines += ["", "**From a short run: a check that everything works, and no result.**"]
@@ -127,9 +127,9 @@ def _thresholds(results: Sequence[Result]) -> list[str]:
     return [
         *evidence.threshold_table(with_pools),
         "",
-        "as greedy: how many decisions on candidates, the first left out, are those of greedy soup, over all "
-        "pools; kept: candidates kept, the first left out. The scores' differences are means over the pools, in "
-        "the measure's own direction.",
+        "as greedy: how many decisions on candidates, the first left out, are those of greedy soup, over "
+        "all pools; kept: candidates kept, the first left out. The scores' differences are means over the "
+        "pools, in the measure's own direction.",
         "",
         f"Closest to greedy soup: {', '.join(f'{t:g}' for t in best)}, with {same} of {asked} decisions.",
     ]
