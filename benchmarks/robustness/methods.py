@@ -44,6 +44,7 @@ def of_one() -> list[Method]:
     methods = [
         Method("MonoSoup", "monosoup", monosoup()),
         Method("MonoSoup R=0.8", "monosoup", monosoup(energy=0.8)),
+        Method("MonoSoup, written in bfloat16", "monosoup", in_bfloat16),
     ]
     methods += [Method(label, "ablation", monosoup(mixing=name)) for label, name in _ABLATIONS.items()]
     methods += [Method(f"Wise-FT α={a}", "wise-ft", wise_ft(a), a) for a in ALPHAS]
@@ -75,6 +76,11 @@ def of_pool() -> list[Method]:
 def monosoup(**parameters: Any) -> Callable[[str, Sequence[str]], Recipe]:
     """MonoSoup and its ablations; of several checkpoints, of the average of their updates."""
     return _with_base("monosoup", **parameters)
+
+
+def in_bfloat16(base: str, checkpoints: Sequence[str]) -> Recipe:
+    """MonoSoup in float32, rounded once to what most models are published in."""
+    return {**monosoup()(base, checkpoints), "out_dtype": "bfloat16"}
 
 
 def wise_ft(alpha: float) -> Callable[[str, Sequence[str]], Recipe]:

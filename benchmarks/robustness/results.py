@@ -19,7 +19,8 @@
                of `to` ("base" or "fine-tuned") on `inputs` ("id" or "ood"), a number a block
 
 `scores` maps the names in `validation`, `in_distribution` and `shifts` to numbers in `measure`.
-Methods of `rows`: "base" is in `base`; "fine-tuned", "MonoSoup", "MonoSoup R=0.8", "rho only", "cos α only",
+Methods of `rows`: "base" is in `base`; "fine-tuned", "MonoSoup", "MonoSoup R=0.8",
+"MonoSoup, written in bfloat16", "rho only", "cos α only",
 "uniform mixing", "high only", "low only", "Wise-FT α=0.5", "MonoSoup → Wise-FT α=0.5", "LiNeS (0.1, 0.9)",
 and for LoRA recipes "fine-tuned" (the adapter merged), "MonoSoup" (of the merged weights),
 "MonoSoup, exact LoRA". Methods of a pool's rows: "best single", "uniform soup", "greedy soup",
