@@ -31,7 +31,7 @@ _BATCH = 64
 _WARM_UP = 0.1
 _PRETRAINING_SEED = 0
 _PRETRAINING = {
-    "vit": Recipe("pre-training", 2e-3, "cosine", 1200, weight_decay=0.05),
+    "vit": Recipe("pre-training", 2e-3, "cosine", 1500, weight_decay=0.05),
     "convnet": Recipe("pre-training", 2e-3, "cosine", 1000, weight_decay=0.05),
 }
 # Roughly the mean and the standard deviation of the pixels.
