@@ -150,7 +150,11 @@ class VisionTrack:
         }
 
     def _new(self) -> PreTrainedModel:
-        labels = {"id2label": dict(enumerate("0123456789")), "image_size": 8, "num_channels": 1}
+        labels: dict[str, Any] = {
+            "id2label": dict(enumerate("0123456789")),
+            "image_size": 8,
+            "num_channels": 1,
+        }
         if self.name == "vit":
             config: Any = ViTConfig(
                 patch_size=2,
