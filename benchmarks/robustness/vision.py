@@ -31,7 +31,7 @@ _BATCH = 64
 _WARM_UP = 0.1
 _PRETRAINING_SEED = 0
 _PRETRAINING = {
-    "vit": Recipe("pre-training", 2e-3, "cosine", 1200, weight_decay=0.05),
+    "vit": Recipe("pre-training", 2e-3, "cosine", 1500, weight_decay=0.05),
     "convnet": Recipe("pre-training", 2e-3, "cosine", 1000, weight_decay=0.05),
 }
 # Roughly the mean and the standard deviation of the pixels.
@@ -150,7 +150,11 @@ class VisionTrack:
         }
 
     def _new(self) -> PreTrainedModel:
-        labels = {"id2label": dict(enumerate("0123456789")), "image_size": 8, "num_channels": 1}
+        labels: dict[str, Any] = {
+            "id2label": dict(enumerate("0123456789")),
+            "image_size": 8,
+            "num_channels": 1,
+        }
         if self.name == "vit":
             config: Any = ViTConfig(
                 patch_size=2,
