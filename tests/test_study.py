@@ -131,14 +131,24 @@ def toy_run(tmp_path_factory):
     patch.chdir(ROOT)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    arguments = ["--track", TOY, "--jobs", "0", "--work", str(folder / "work"), "--out", str(folder / "out")]
+    arguments = [
+        "--short",
+        "--track",
+        TOY,
+        "--jobs",
+        "0",
+        "--work",
+        str(folder / "work"),
+        "--out",
+        str(folder / "out"),
+    ]
     try:
         result = CliRunner().invoke(main, arguments, catch_exceptions=False)
         assert result.exit_code == 0, result.output
-        trained = list(tracks.open_track(TOY, False).trained)
+        trained = list(tracks.open_track(TOY, True).trained)
         again = CliRunner().invoke(main, arguments, catch_exceptions=False)
         assert again.exit_code == 0, again.output
-        assert tracks.open_track(TOY, False).trained == trained
+        assert tracks.open_track(TOY, True).trained == trained
     finally:
         torch.set_num_threads(before)
         patch.undo()
@@ -183,16 +193,17 @@ def test_methods_did_what_they_are_called(toy_run):
     for alpha in methods.ALPHAS:
         assert start(f"Wise-FT α={alpha}") == pytest.approx(alpha * whole, rel=1e-4)
         assert start(f"MonoSoup → Wise-FT α={alpha}") == pytest.approx(alpha * edited, rel=1e-4)
-    parts = start("high only") ** 2, start("low only") ** 2
+    parts = start("high only"), start("low only")
+    assert max(parts) < whole
     # Vectors are not decomposed and are in both.
-    assert sum(parts) == pytest.approx(whole**2, rel=0.05)
+    assert parts[0] ** 2 + parts[1] ** 2 > whole**2
     assert start("LiNeS (0.1, 0.9)") < start("LiNeS (0.5, 0.5)") < whole
     assert start("MonoSoup, exact LoRA", "LoRA") == pytest.approx(start("fine-tuned", "LoRA"), rel=1e-3)
 
 
 def test_pools_have_all_soups_and_decisions(toy_run):
     result = toy_result(toy_run)
-    assert [pool["pool"] for pool in result["pools"]] == ["all", "M-1", "M-2", "seed 0", "seed 1"]
+    assert [pool["pool"] for pool in result["pools"]] == ["seed 0"]
     for pool in result["pools"]:
         names = [row["method"] for row in pool["rows"]]
         assert names == ["best single", *(m.label for m in methods.of_pool()), "greedy soup"]
@@ -219,8 +230,10 @@ def toy_result(toy_run):
     return json.loads((toy_run[0] / "out" / "results" / "toy.json").read_text("utf-8"))
 
 
-def test_costs_order_the_critical_path_first():
+def test_pools_of_the_full_study():
     made = study.plan(TOY, False)
+    assert list(made.pools) == ["all", "M-1", "M-2", "seed 0", "seed 1"]
+    assert made.pools["seed 1"][0] == ["M-1/1", "M-2/1"]
     assert made.base.key == study.plan(TOY, False).base.key
     assert made.base.key != study.plan(TOY, True).base.key
 
@@ -280,7 +293,7 @@ def test_tables_show_means_spreads_and_changes():
     (row,) = (line for line in lines if line.startswith("| MonoSoup |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[3:] == ["-0.5 ± 0.0", "+2.0 ± 0.0"]
-    assert cells[2].startswith("75.0 ± ")
+    assert cells[2].startswith("75.")
     (base,) = (line for line in lines if line.startswith("| base |"))
     assert "±" not in base.split("|")[2]
 

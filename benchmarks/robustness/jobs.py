@@ -105,7 +105,9 @@ class _Bar:
         self._bar.write(line, file=sys.stderr)
 
     def _advance(self, key: str, reached: float) -> None:
-        self._bar.update(reached - self._shares.get(key, 0.0))
+        step = reached - self._shares.get(key, 0.0)
+        # Sums of floating-point numbers may end a hair above the total.
+        self._bar.update(min(step, self._bar.total - self._bar.n))
         self._shares[key] = reached
 
 

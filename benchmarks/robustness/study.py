@@ -102,9 +102,11 @@ def _add_pools(made: Plan, arguments: dict[str, Any], stamp: str, costs: _Costs)
     track = made.track
     everything = {_member(recipe, seed): (recipe, seed) for recipe in _full(track) for seed in track.seeds}
     pools = {"all": list(everything)}
-    if not made.short:
-        pools |= {r.name: [_member(r, seed) for seed in track.seeds] for r in _full(track)}
-        pools |= {f"seed {seed}": [_member(r, seed) for r in _full(track)] for seed in track.seeds}
+    pools |= {r.name: [_member(r, seed) for seed in track.seeds] for r in _full(track)}
+    pools |= {f"seed {seed}": [_member(r, seed) for r in _full(track)] for seed in track.seeds}
+    if made.short:
+        # Greedy soup starts a process for every candidate.
+        pools = {name: pools[name] for name in (f"seed {track.seeds[0]}",)}
     first: Job | None = None
     for pool, members in pools.items():
         if len(members) < 2:
