@@ -57,7 +57,7 @@ def main() -> None:
     heading("1. A base and a fine-tuned checkpoint (Qwen3 architecture, bfloat16)")
     print(
         f"{BASE}: pre-trained on text of five kinds. {FINETUNED}: trained further on\n"
-        "English prose alone, too hard. Their cards say how they were made."
+        "English prose alone, at a rate that makes it forget the rest. Their cards say how they were made."
     )
     heading("2. Five lines of YAML and the stock command")
     merge()

@@ -21,7 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import click
 
-from benchmarks.robustness.jobs import Store, run_jobs
+from benchmarks.robustness.jobs import run_jobs
+from benchmarks.robustness.store import Store
 from benchmarks.robustness.study import plan
 from benchmarks.robustness.tracks import versions
 
@@ -56,6 +57,10 @@ LICENCES = {
 )
 def main(short: bool, work: Path, out: Path) -> None:
     """Write base, fine-tune and held-out text below OUT."""
+    import torch
+
+    # As the study's workers: another number of threads rounds otherwise.
+    torch.set_num_threads(1)
     made = plan("language", short)
     jobs = [made.base, made.tuned[RECIPE, SEED]]
     base, tuned = (run_jobs(jobs, Store(work), workers=0)[job] for job in jobs)

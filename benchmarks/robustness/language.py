@@ -31,7 +31,7 @@ END = "<|endoftext|>"
 FINE_TUNED_ON = "prose"
 SHIFTS = ("python", "headers", "licences", "tables")
 # Prose is a part of pre-training, and a small one, so that fine-tuning has something to improve.
-MIXTURE = {"prose": 0.15, "python": 0.35, "headers": 0.25, "licences": 0.15, "tables": 0.10}
+MIXTURE = {"prose": 0.10, "python": 0.40, "headers": 0.25, "licences": 0.15, "tables": 0.10}
 PRETRAINING_SEED = 0
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
