@@ -190,5 +190,5 @@ def test_excerpts_are_whole_lines_of_every_document():
     documents = b"\0".join([b"first\nsecond", b"a long line\n" * 9, b"last"])
     assert excerpts(documents, 30, 30) == b"first\nsecond\n\na long line\na long line\n"
     assert excerpts(documents, 38, 30) == b"first\nsecond\n\na long line\na long line\n\nlast\n"
-    assert excerpts(documents, 70, 30) == b"first\nsecond\n\n" + b"a long line\n" * 5 + b"\nlast\n"
+    assert excerpts(documents, 75, 30) == b"first\nsecond\n\n" + b"a long line\n" * 5 + b"\nlast\n"
     assert excerpts(documents, 5, 30) == b"first\nsecond\n"

@@ -24,6 +24,7 @@ import click
 from benchmarks.robustness.jobs import run_jobs
 from benchmarks.robustness.store import Store
 from benchmarks.robustness.study import plan
+from benchmarks.robustness.track import Recipe
 from benchmarks.robustness.tracks import versions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -59,16 +60,18 @@ def main(short: bool, work: Path, out: Path) -> None:
     """Write base, fine-tune and held-out text below OUT."""
     import torch
 
+    from benchmarks.robustness.language import LanguageTrack
+
     # As the study's workers: another number of threads rounds otherwise.
     torch.set_num_threads(1)
     made = plan("language", short)
     jobs = [made.base, made.tuned[RECIPE, SEED]]
     base, tuned = (run_jobs(jobs, Store(work), workers=0)[job] for job in jobs)
-    data = made.track.data_card()
-    recipe = {recipe.name: recipe for recipe in made.track.recipes}[RECIPE]
-    write_model(base.folder, out / "base", base_card(data, base.value["scores"]))
-    scores = tuned.value["scores"]
-    write_model(tuned.folder, out / "finetuned", finetuned_card(recipe.__dict__, data, scores))
+    track = LanguageTrack(short)
+    data = track.data_card()
+    recipe = {recipe.name: recipe for recipe in track.recipes}[RECIPE]
+    write_model(base.folder, out / "base", base_card(track.size.pretraining, data, base.value["scores"]))
+    write_model(tuned.folder, out / "finetuned", finetuned_card(recipe, data, tuned.value["scores"]))
     write_held_out(out / "heldout", data)
     click.echo(f"Wrote {out}")
 
@@ -84,12 +87,11 @@ def write_model(checkpoint: Path, out: Path, card: str) -> None:
     (out / "README.md").write_text(card, encoding="utf-8")
 
 
-def base_card(data: Mapping[str, Any], scores: Mapping[str, float]) -> str:
+def base_card(pretraining: Recipe, data: Mapping[str, Any], scores: Mapping[str, float]) -> str:
     """Return the base's model card."""
     from benchmarks.robustness import language
 
     shares = ", ".join(f"{name} {share:.0%}" for name, share in data["mixture"].items())
-    pretraining = language.FULL.pretraining
     return _card(
         "A small byte-level base model",
         f"""
@@ -100,12 +102,12 @@ Training text, in shares of the batches: {shares}.
 {pretraining.steps} steps of {language.BATCH} windows of {language.CONTEXT} bytes, AdamW, learning rate
 {pretraining.learning_rate:g} ({pretraining.schedule}), weight decay {pretraining.weight_decay:g}, seed
 {language.PRETRAINING_SEED}.""",
-        data,
+        data["domains"],
         scores,
     )
 
 
-def finetuned_card(recipe: Mapping[str, Any], data: Mapping[str, Any], scores: Mapping[str, float]) -> str:
+def finetuned_card(recipe: Recipe, data: Mapping[str, Any], scores: Mapping[str, float]) -> str:
     """Return the fine-tuned model's card."""
     from benchmarks.robustness import language
 
@@ -113,19 +115,20 @@ def finetuned_card(recipe: Mapping[str, Any], data: Mapping[str, Any], scores: M
         "The same model, over-specialised in English prose",
         f"""\
 `../base`, all of its weights trained further on the prose of its training text alone, by recipe
-{recipe["name"]} of this repository's robustness study: {recipe["steps"]} steps of {language.BATCH} windows
-of {language.CONTEXT} bytes, AdamW, learning rate {recipe["learning_rate"]:g} ({recipe["schedule"]}), seed
+{recipe.name} of this repository's robustness study: {recipe.steps} steps of {language.BATCH} windows
+of {language.CONTEXT} bytes, AdamW, learning rate {recipe.learning_rate:g} ({recipe.schedule}), seed
 {SEED}. The rate is meant to make it forget the other domains.""",
-        data,
+        {language.FINE_TUNED_ON: data["domains"][language.FINE_TUNED_ON]},
         scores,
     )
 
 
-def _card(title: str, body: str, data: Mapping[str, Any], scores: Mapping[str, float]) -> str:
-    domains = data["domains"]
-    sources = sorted(
-        {source for name in ("prose", "headers", "tables") for source in domains[name]["sources"]}
-    )
+def _card(
+    title: str, body: str, domains: Mapping[str, Mapping[str, Any]], scores: Mapping[str, float]
+) -> str:
+    # Licences come from every package of the machine: too long a list for a card.
+    named = (card["sources"] for name, card in domains.items() if name != "licences")
+    sources = sorted({source for some in named for source in some})
     digests = "\n".join(
         f"| {name} | {card['splits']['train']['bytes']} | `{card['splits']['train']['sha256'][:16]}` |"
         for name, card in domains.items()
@@ -133,7 +136,8 @@ def _card(title: str, body: str, data: Mapping[str, Any], scores: Mapping[str, f
     measured = "\n".join(f"| {name} | {value:.3f} |" for name, value in scores.items())
     made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
     origin = (
-        f"The text is what the machine had of {', '.join(sources)}, and the licence texts of its packages. "
+        f"The text is what the machine had of {', '.join(sources)}"
+        f"{' and the licence texts of its packages' if 'licences' in domains else ''}. "
         f"Made with {made_with}."
     )
     return f"""\
