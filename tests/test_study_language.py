@@ -192,3 +192,4 @@ def test_excerpts_are_whole_lines_of_every_document():
     assert excerpts(documents, 38, 30) == b"first\nsecond\n\na long line\na long line\n\nlast\n"
     assert excerpts(documents, 75, 30) == b"first\nsecond\n\n" + b"a long line\n" * 5 + b"\nlast\n"
     assert excerpts(documents, 5, 30) == b"first\nsecond\n"
+    assert excerpts(b"one\nby a.b@c.org\ntwo", 100, 30) == b"one\ntwo\n"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import textwrap
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPE, SEED = "M-3", 0
 HELD_OUT_BYTES = 20_000
 EXCERPT_BYTES = 1_500
+# Other people's e-mail addresses need not travel with the models.
+ADDRESS = re.compile(rb"[\w.+-]+@[\w-]+\.\w")
 LICENCES = {
     "prose": "docstrings of Python's standard library and topics of its help (PSF-2.0), and docstrings of "
     "NumPy, SciPy, scikit-learn and PyTorch (BSD-3-Clause)",
@@ -198,6 +201,7 @@ def write_held_out(out: Path, data: Mapping[str, Any]) -> None:
 # Held-out text
 
 Excerpts of the study's test splits, the beginnings of documents, for `make demo`: none of it was trained on.
+Lines with e-mail addresses are left out.
 `prose.txt` is in distribution for the fine-tuned model; the others are not.
 
 | file | bytes | SHA-256, first 16 digits | what it is, and its licence |
@@ -233,6 +237,7 @@ def excerpts(text: bytes, size: int, longest: int) -> bytes:
 
 
 def _beginning(document: bytes, longest: int) -> bytes:
+    document = b"".join(line for line in document.splitlines(keepends=True) if not ADDRESS.search(line))
     if len(document) > longest:
         document = document[:longest]
         document = document[: document.rfind(b"\n") + 1]
