@@ -26,11 +26,16 @@ class _Costs:
 
 
 _COSTS = {
-    "language": _Costs(pretrain=900, step=0.15, score=5),
-    "vit": _Costs(pretrain=30, step=0.02, score=1),
-    "convnet": _Costs(pretrain=40, step=0.02, score=1),
+    "language": _Costs(pretrain=600, step=0.2, score=5.5, command=12),
+    "vit": _Costs(pretrain=60, step=0.03, score=1),
+    "convnet": _Costs(pretrain=60, step=0.03, score=1),
 }
-_QUICK = _Costs(pretrain=1, step=0.01, score=0.2, merge=0.3)
+_SHORT = {
+    "language": _Costs(pretrain=35, step=0.2, score=1, merge=0.4, command=12),
+    "vit": _Costs(pretrain=5, step=0.03, score=0.3, merge=0.3),
+    "convnet": _Costs(pretrain=5, step=0.03, score=0.3, merge=0.3),
+}
+_TINY = _Costs(pretrain=1, step=0.01, score=0.2, merge=0.3)
 
 
 @dataclass
@@ -59,7 +64,7 @@ def plan(name: str, short: bool) -> Plan:
         package_stamp() + code_stamp("methods.py", "commands.py", "work.py"),
     )
     arguments = {"track": name, "short": short}
-    costs = _QUICK if short else _COSTS.get(name, _QUICK)
+    costs = (_SHORT if short else _COSTS).get(name, _TINY)
     base = Job(f"{track.name}: pre-train", work.pretrain, arguments, stamp=own, cost=costs.pretrain)
     made = Plan(track, short, base)
     for recipe in track.recipes:
