@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -224,6 +225,20 @@ def test_the_page_lists_every_method(toy_run):
         assert f"| {method.label} |" in page, method.label
     assert "](figures/toy-scatter.png)" in page
     assert "nan" not in page.lower().split()
+
+
+@pytest.mark.slow
+def test_the_short_study_of_the_convnet_by_its_workers(tmp_path):
+    pytest.importorskip("sklearn")
+    command = [sys.executable, "-m", "benchmarks.robustness", "--short", "--track", "convnet"]
+    command += ["--work", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "short" / "RESULTS.md").read_text("utf-8")
+    assert "**From a short run: a check that everything works, and no result.**" in page
+    assert "## convnet" in page
+    assert "## language" not in page
 
 
 def toy_result(toy_run):

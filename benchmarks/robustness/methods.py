@@ -14,7 +14,7 @@ from typing import Any
 Recipe = dict[str, Any]
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 _ABLATIONS = {
     "rho only": "decay",
     "cos α only": "alignment",

@@ -174,7 +174,7 @@ def _circumstances(results: Sequence[Result]) -> list[str]:
     fresh = {r["seconds"]["jobs done in this run, all tracks"] for r in results}
     lines.append(
         f"- the command that wrote the result files: {', '.join(map(str, sorted(walls)))} minutes with "
-        f"{first['seconds']['workers']} workers, {', '.join(map(str, sorted(fresh)))} jobs done in it"
+        f"{first['seconds']['workers']} workers of one thread each, {', '.join(map(str, sorted(fresh)))} jobs done in it"
     )
     return lines
 
