@@ -93,6 +93,14 @@ def test_workers_do_the_same(store, tmp_path, monkeypatch, capfd):
     assert "printed before" not in shown
 
 
+def test_a_killed_worker_ends_the_run_with_the_jobs_name(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    killed = Job("the killed one", study_jobs.vanish)
+    after = Job("after", study_jobs.append, {"calls": "", "text": ""}, {"before": killed})
+    with pytest.raises(JobError, match=r"the killed one failed: .*\n1 other jobs were not done"):
+        run_jobs((killed, after), store, workers=1, quiet=True)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process")
 def test_an_interrupted_run_goes_on(tmp_path):
     code = (
@@ -199,7 +207,10 @@ def test_methods_did_what_they_are_called(toy_run):
     # Vectors are not decomposed and are in both.
     assert parts[0] ** 2 + parts[1] ** 2 > whole**2
     assert start("LiNeS (0.1, 0.9)") < start("LiNeS (0.5, 0.5)") < whole
-    assert start("MonoSoup, exact LoRA", "LoRA") == pytest.approx(start("fine-tuned", "LoRA"), rel=1e-3)
+    exact = start("MonoSoup, exact LoRA", "LoRA")
+    # In float32 the merged weights hold the factors' product nearly exactly.
+    assert exact == pytest.approx(start("MonoSoup", "LoRA"), rel=1e-3)
+    assert exact <= start("fine-tuned", "LoRA")
 
 
 def test_pools_have_all_soups_and_decisions(toy_run):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,11 +37,12 @@ def run_jobs(jobs: Sequence[Job], store: Store, workers: int = 2, quiet: bool = 
     with _progress(sum(job.cost for job in pending.values()), quiet) as bar, crew_of(workers) as crew:
         urgency = _urgency(list(known.values()))
         running: dict[Future[Done], Job] = {}
-        while pending or running:
+        broken = False
+        while running or (pending and not broken):
             # What needs a failed job never becomes ready.
             ready = [job for job in pending.values() if all(need.key in done for need in job.needs.values())]
             ready.sort(key=lambda job: -urgency[job.key])
-            for job in ready[: max(workers, 1) - len(running)]:
+            for job in ready[: 0 if broken else max(workers, 1) - len(running)]:
                 del pending[job.key]
                 running[crew.start(Order.of(job, store))] = job
             if not running:
@@ -55,9 +56,11 @@ def run_jobs(jobs: Sequence[Job], store: Store, workers: int = 2, quiet: bool = 
                 else:
                     failed[job.key] = f"{job.name} failed: {error}; see {store.log(job.key)}"
                     bar.say(failed[job.key])
+                    # A worker was killed, say for want of memory: nobody is left to work.
+                    broken |= isinstance(error, BrokenExecutor)
                 bar.finish(job)
     if failed:
-        waiting = f"\n{len(pending)} other jobs need these." if pending else ""
+        waiting = f"\n{len(pending)} other jobs were not done." if pending else ""
         raise JobError("\n".join(failed.values()) + waiting)
     return {job: done[key] for key, job in known.items()}
 

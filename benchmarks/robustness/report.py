@@ -173,8 +173,9 @@ def _circumstances(results: Sequence[Result]) -> list[str]:
     walls = {round(r["seconds"]["wall of the whole command"] / 60, 1) for r in results}
     fresh = {r["seconds"]["jobs done in this run, all tracks"] for r in results}
     lines.append(
-        f"- the command that wrote the result files: {', '.join(map(str, sorted(walls)))} minutes with "
-        f"{first['seconds']['workers']} workers of one thread each, {', '.join(map(str, sorted(fresh)))} jobs done in it"
+        f"- the command that wrote the result files: {', '.join(map(str, sorted(walls)))} minutes, "
+        f"{', '.join(map(str, sorted(fresh)))} jobs done in it, {first['seconds']['workers']} workers of one "
+        "thread each"
     )
     return lines
 
