@@ -6,11 +6,7 @@ import logging
 import time
 from typing import Any
 
-from mergekit.merge_methods.base import (
-    ParameterScope,
-    ParameterSpec,
-    TensorGroup,
-)
+from mergekit.merge_methods.base import ParameterScope, ParameterSpec, TensorGroup
 from torch import Tensor
 
 from mergekit_monosoup.alignment.average import towards_average
