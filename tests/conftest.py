@@ -44,6 +44,16 @@ def family(tmp_path_factory):
 
 
 @pytest.fixture
+def fresh_loaders():
+    """A merge that knows nothing of the files of the tests before it."""
+    from commands import forget_loaders
+
+    forget_loaders()
+    yield
+    forget_loaders()
+
+
+@pytest.fixture
 def one_thread():
     """Matrices of a few dozen rows: several threads would only wait for each other."""
     import torch
@@ -52,3 +62,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A virtual environment with the start-up hook and the package, and without mergekit."""
+    from stand_ins import hooked_environment
+
+    return hooked_environment(tmp_path / "environment")
+
+
+@pytest.fixture
+def stand_in(environment):
+    """The same with stand-ins for mergekit and for the registration in it."""
+    from stand_ins import add_stand_ins
+
+    add_stand_ins(environment)
+    return environment

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from adapters import base_model, load_adapter, updates
 from click.testing import CliRunner, Result
-from mergekit.io.tasks import LoaderCache
+from commands import forget_loaders
 from oracle import monosoup_update
 from safetensors.torch import load_file
 
 from mergekit_monosoup.cli import main
-from mergekit_monosoup.lora import exact
 
 
 def write_base(kind: str, folder: Path, dtype: str = "bfloat16") -> Path:
@@ -37,8 +38,7 @@ def recipe(base: Path, *models: object, **keys: object) -> dict:
 
 
 def merge(tmp_path: Path, config: dict, out: str = "out", *options: str) -> Result:
-    LoaderCache.loaders.clear()
-    exact.forget()
+    forget_loaders()
     file = tmp_path / f"{out}.yaml"
     file.write_text(yaml.safe_dump(config))
     arguments = [
@@ -83,3 +83,12 @@ def exact_updates(kind: str, adapter: Path) -> dict[str, np.ndarray]:
         for n in base
         if n in factors or not torch.equal(base[n], after[n])
     }
+
+
+def lora_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the merge warned of about its adapters."""
+    return [
+        r.getMessage()
+        for r in caplog.records
+        if r.name.startswith("mergekit_monosoup.lora") and r.levelno >= logging.WARNING
+    ]

@@ -25,17 +25,10 @@ from mergekit_monosoup.report.schema import TensorRecord
 from mergekit_monosoup.spectral.analysis import analyse_update
 from mergekit_monosoup.spectral.edit import edit_update
 
-pytestmark = pytest.mark.usefixtures("registered")
+pytestmark = pytest.mark.usefixtures("registered", "fresh_loaders")
 
 MATRIX = "model.layers.1.mlp.up_proj.weight"
 WORDS = "may not be the base"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_loaders():
-    forget_loaders()
-    yield
-    forget_loaders()
 
 
 @pytest.fixture(scope="module")

@@ -1,64 +1,25 @@
-"""`base+adapter` inputs of recipes: values by the factors, cache folders that can be trusted."""
+"""`base+adapter` inputs of recipes: values by the factors."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
 import warnings
-from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
-import transformers
-import yaml
 from adapters import KINDS, base_model, fill, make_adapter
-from click.testing import CliRunner
-from lora_merges import exact_updates, merge, merged, oracle_edit, recipe, write_base
-from mergekit.common import ModelReference
+from commands import forget_loaders
+from lora_merges import exact_updates, lora_warnings, merge, merged, oracle_edit, recipe, write_base
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
-from mergekit_monosoup.cli import main
-from mergekit_monosoup.lora import exact
-from mergekit_monosoup.lora.cache import MARKER
-from mergekit_monosoup.lora.hollow import NameMap
+pytestmark = pytest.mark.usefixtures("registered", "fresh_loaders")
 
 SPACING = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
-
-
-def test_names_of_older_checkpoints_are_found():
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    text = sizes | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96}
-    vision = sizes | {"image_size": 28, "patch_size": 14}
-    gemma = transformers.Gemma3Config(text_config=text, vision_config=vision)
-    mixtral = transformers.MixtralConfig(**text, num_local_experts=4)
-    with torch.device("meta"):
-        seeing = NameMap(transformers.Gemma3ForConditionalGeneration(gemma))
-        experts = NameMap(transformers.MixtralForCausalLM(mixtral))
-    new = "model.language_model.layers.0.self_attn.q_proj.weight"
-    assert seeing.resolve(new) == new
-    assert seeing.resolve("language_model.model.layers.0.self_attn.q_proj.weight") == new
-    assert seeing.resolve("language_model.model.layers.7.self_attn.q_proj.weight") is None
-    gate = "model.layers.0.mlp.gate.weight"
-    assert experts.resolve("model.layers.0.block_sparse_moe.gate.weight") == gate
-    # One expert of a stack is no tensor of the model.
-    assert experts.resolve("model.layers.0.block_sparse_moe.experts.1.w1.weight") is None
-
-
-@pytest.fixture(autouse=True)
-def _fresh_loaders(registered):
-    LoaderCache.loaders.clear()
-    exact.forget()
-    yield
-    LoaderCache.loaders.clear()
-    exact.forget()
 
 
 YAML_KINDS = [k for k in KINDS if k != "convolutions"]
@@ -210,20 +171,12 @@ def test_lora_bias_is_exact(tmp_path):
     assert torch.equal(tensors[f"{name}.bias"], want.bfloat16())
 
 
-def _warnings(caplog) -> list[str]:
-    return [
-        r.getMessage()
-        for r in caplog.records
-        if r.name.startswith("mergekit_monosoup.lora") and r.levelno >= logging.WARNING
-    ]
-
-
 def test_what_is_not_linear_takes_the_merge_and_says_so_once(tmp_path, caplog):
     base = write_base("plain", tmp_path / "base")
     adapter = make_adapter("plain", tmp_path / "adapter", use_dora=True)
     with caplog.at_level(logging.WARNING):
         by_merge = merged(tmp_path, recipe(base, f"{base}+{adapter}"))
-    (message,) = _warnings(caplog)
+    (message,) = lora_warnings(caplog)
     assert "use_dora" in message
     assert "merged weights" in message
     plainly = merged(tmp_path, recipe(base, f"{base}+{adapter}", parameters={"exact_lora": False}), "plainly")
@@ -235,7 +188,7 @@ def test_another_base_model_takes_the_merge_and_says_so(tmp_path, caplog):
     adapter = make_adapter("plain", tmp_path / "adapter")
     with caplog.at_level(logging.WARNING):
         merged(tmp_path, recipe(other, f"{base}+{adapter}"))
-    (message,) = _warnings(caplog)
+    (message,) = lora_warnings(caplog)
     assert "base_model is" in message
 
 
@@ -243,14 +196,13 @@ def test_spelling_of_the_base_does_not_matter(tmp_path, caplog):
     base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
     with caplog.at_level(logging.WARNING):
         merged(tmp_path, recipe(base, f"{tmp_path}/./base/+{adapter}"))
-    assert _warnings(caplog) == []
+    assert lora_warnings(caplog) == []
 
 
 def test_stock_mergekit_takes_the_factors_too(tmp_path):
     base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
     ours = merged(tmp_path, recipe(base, f"{base}+{adapter}"))
-    LoaderCache.loaders.clear()
-    exact.forget()
+    forget_loaders()
     config = MergeConfiguration.model_validate(recipe(base, f"{base}+{adapter}"))
     options = MergeOptions(lora_merge_cache=str(tmp_path / "stock-cache"), copy_tokenizer=False, quiet=True)
     run_merge(config, str(tmp_path / "stock"), options)
@@ -291,167 +243,6 @@ def test_renumbered_layers_are_not_given_the_wrong_factors(tmp_path):
     assert "model.layers.1.self_attn.q_proj.weight" in tensors
 
 
-# The cache
-
-
-def _place(tmp_path: Path) -> Path:
-    (folder,) = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
-    return folder
-
-
-def test_a_cache_folder_is_needed(tmp_path):
-    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe(base, f"{base}+{adapter}")))
-    result = CliRunner().invoke(main, ["merge", str(file), str(tmp_path / "out")])
-    assert result.exit_code == 1
-    assert "--lora-merge-cache" in result.output
-
-
-def test_a_finished_merge_is_used_again(tmp_path, caplog):
-    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
-    merged(tmp_path, recipe(base, f"{base}+{adapter}"))
-    before = os.stat(_place(tmp_path) / "model.safetensors").st_mtime_ns
-    assert (_place(tmp_path) / MARKER).is_file()
-    with caplog.at_level(logging.WARNING):
-        merged(tmp_path, recipe(base, f"{base}+{adapter}"), "again")
-    assert _warnings(caplog) == []
-    assert os.stat(_place(tmp_path) / "model.safetensors").st_mtime_ns == before
-
-
-def _interrupt(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.mkdir()
-
-
-def _truncate(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-
-
-@pytest.mark.parametrize(
-    ("damage", "word"),
-    [
-        (_interrupt, "no marker"),
-        (lambda folder: (folder / MARKER).unlink(), "no marker"),
-        (lambda folder: (folder / MARKER).write_text("{"), "damaged marker"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "incomplete"),
-        (lambda folder: (folder / "config.json").unlink(), "config.json"),
-        (_truncate, "incomplete"),
-    ],
-    ids=["interrupted", "without marker", "broken marker", "without weights", "without config", "cut off"],
-)
-def test_half_written_folders_are_merged_again(damage, word, tmp_path, caplog):
-    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
-    config = recipe(base, f"{base}+{adapter}")
-    want = merged(tmp_path, config)
-    damage(_place(tmp_path))
-    with caplog.at_level(logging.WARNING):
-        got = merged(tmp_path, config, "again")
-    (message,) = _warnings(caplog)
-    assert word in message
-    assert "merging" in message
-    assert all(torch.equal(got[n], want[n]) for n in want)
-    assert json.loads((_place(tmp_path) / MARKER).read_text())["base"] == str(base)
-
-
-def test_another_dtype_is_merged_again(tmp_path, caplog):
-    base = write_base("plain", tmp_path / "base", "float32")
-    adapter = make_adapter("plain", tmp_path / "adapter")
-    config = recipe(base, f"{base}+{adapter}", dtype="float32")
-    merged(tmp_path, config, "half", "--lora-merge-dtype", "bfloat16")
-    with caplog.at_level(logging.WARNING):
-        merged(tmp_path, config, "whole", "--lora-merge-dtype", "float32")
-    (message,) = _warnings(caplog)
-    assert "another dtype" in message
-    name = "model.layers.0.self_attn.q_proj.weight"
-    assert load_file(_place(tmp_path) / "model.safetensors")[name].dtype == torch.float32
-
-
-def test_a_retrained_adapter_is_merged_again(tmp_path, caplog):
-    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
-    config = recipe(base, f"{base}+{adapter}")
-    first = merged(tmp_path, config)
-    make_adapter("plain", adapter, seed=99)
-    with caplog.at_level(logging.WARNING):
-        second = merged(tmp_path, config, "again")
-    assert "another adapter" in _warnings(caplog)[0]
-    name = "model.layers.0.self_attn.q_proj.weight"
-    assert not torch.equal(first[name], second[name])
-
-
-def test_a_stale_cache_is_noticed_under_stock_mergekit(tmp_path):
-    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
-    reference = ModelReference.parse(f"{base}+{adapter}")
-    reference.merged(cache_dir=str(tmp_path / "cache"))
-    make_adapter("plain", adapter, seed=99)
-    config = MergeConfiguration.model_validate(recipe(base, f"{base}+{adapter}"))
-    options = MergeOptions(lora_merge_cache=str(tmp_path / "cache"), copy_tokenizer=False, quiet=True)
-    with pytest.raises(Exception, match="is not base \\+ adapter"):
-        run_merge(config, str(tmp_path / "stock"), options)
-
-
-def test_a_failing_merge_leaves_no_folder(tmp_path, monkeypatch):
-    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
-
-    def fail(*_: object, **__: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
-    result = merge(tmp_path, recipe(base, f"{base}+{adapter}"))
-    assert result.exit_code == 1
-    assert "no space left" in result.output
-    assert list((tmp_path / "cache").iterdir()) == []
-    assert not (tmp_path / "out").exists()
-
-
-def _old_mixtral(folder: Path) -> Path:
-    """An adapter as transformers 4 saved it: one pair of factors for each projection of each expert."""
-    sizes = {"w1": (48, 32), "w2": (32, 48), "w3": (48, 32), "q_proj": (32, 32)}
-    generator = torch.Generator().manual_seed(5)
-    tensors = {}
-    for layer in range(2):
-        names = {f"block_sparse_moe.experts.{e}.{w}": w for e in range(4) for w in ("w1", "w2", "w3")}
-        for name, kind in (names | {"self_attn.q_proj": "q_proj"}).items():
-            rows, columns = sizes[kind]
-            key = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{key}.lora_A.weight"] = 0.1 * torch.randn(4, columns, generator=generator)
-            tensors[f"{key}.lora_B.weight"] = 0.1 * torch.randn(rows, 4, generator=generator)
-    peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "w1", "w2", "w3"]).save_pretrained(
-        str(folder)
-    )
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
-
-
-def test_adapters_of_older_model_classes_are_converted_by_peft(tmp_path):
-    base = write_base("experts-mixtral", tmp_path / "base", "float32")
-    adapter = _old_mixtral(tmp_path / "adapter")
-    tensors = merged(tmp_path, recipe(base, f"{base}+{adapter}", dtype="float32"))
-    stored = base_model("experts-mixtral").state_dict()
-    factors = load_file(adapter / "adapter_model.safetensors")
-
-    def dw(key: str) -> np.ndarray:
-        b, a = (factors[f"base_model.model.model.layers.{key}.lora_{x}.weight"].double() for x in "BA")
-        return 1.5 * (b @ a).numpy()
-
-    for layer in range(2):
-        prefix = f"model.layers.{layer}.mlp.experts"
-        experts = [f"{layer}.block_sparse_moe.experts.{e}" for e in range(4)]
-        updates_by_name = {
-            f"{prefix}.gate_up_proj": np.stack(
-                [np.concatenate([dw(f"{e}.w1"), dw(f"{e}.w3")]) for e in experts]
-            ),
-            f"{prefix}.down_proj": np.stack([dw(f"{e}.w2") for e in experts]),
-            f"model.layers.{layer}.self_attn.q_proj.weight": dw(f"{layer}.self_attn.q_proj"),
-        }
-        for name, update in updates_by_name.items():
-            want = stored[name].double().numpy() + oracle_edit(update)
-            assert np.abs(tensors[name].double().numpy() - want).max() <= 1e-6 * np.abs(want).max(), name
-    result = CliRunner().invoke(main, ["lora", str(adapter), str(tmp_path / "edited")])
-    assert result.exit_code == 0, result.output
-
-
 def test_trained_tokens_take_the_merge_and_the_rest_the_factors(tmp_path, caplog):
     base = write_base("plain", tmp_path / "base")
     options = {"trainable_token_indices": {"embed_tokens": [1, 5]}}
@@ -459,7 +250,7 @@ def test_trained_tokens_take_the_merge_and_the_rest_the_factors(tmp_path, caplog
     config = recipe(base, f"{base}+{adapter}", parameters={"edit": False})
     with caplog.at_level(logging.WARNING):
         tensors = merged(tmp_path, config)
-    (message,) = _warnings(caplog)
+    (message,) = lora_warnings(caplog)
     assert "model.embed_tokens.weight" in message
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -8,19 +8,9 @@ import pytest
 import torch
 from adapters import base_model, make_adapter
 from lora_merges import exact_updates, merged, recipe, write_base
-from mergekit.io.tasks import LoaderCache
 from rounding import assert_correctly_rounded
 
-from mergekit_monosoup.lora import exact
-
-
-@pytest.fixture(autouse=True)
-def _fresh_loaders(registered):
-    LoaderCache.loaders.clear()
-    exact.forget()
-    yield
-    LoaderCache.loaders.clear()
-    exact.forget()
+pytestmark = pytest.mark.usefixtures("registered", "fresh_loaders")
 
 
 @pytest.fixture

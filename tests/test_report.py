@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkpoints import copy_with_tensors, load_tensors
 from click.testing import CliRunner
-from commands import ROOT, forget_loaders, recipe, succeed, write_config
+from commands import ROOT, recipe, succeed, write_config
 from test_plan import merged
 
 from mergekit_monosoup.cli import main
@@ -27,7 +27,7 @@ from mergekit_monosoup.report.rounding import rounding_variance, storage_dtype
 from mergekit_monosoup.report.schema import InputModel, ReportHeader, SpectrumCurve, TensorRecord
 from mergekit_monosoup.report.table import condition, sorted_records
 
-pytestmark = pytest.mark.usefixtures("registered")
+pytestmark = pytest.mark.usefixtures("registered", "fresh_loaders")
 
 MATRIX = "model.layers.1.mlp.up_proj.weight"
 
@@ -284,10 +284,3 @@ def test_sorting_knows_numbers_in_names():
     with pytest.raises(ParameterError):
         sorted_records(records, "nothing")
     assert condition("action=kept")(records[0])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_loaders():
-    forget_loaders()
-    yield
-    forget_loaders()

@@ -18,7 +18,7 @@ from checkpoints import (
     write_adapter,
     write_checkpoint,
 )
-from commands import forget_loaders, merge, recipe, refuse, succeed, write_config
+from commands import merge, recipe, refuse, succeed, write_config
 from expectations import assert_tensor
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
@@ -32,7 +32,7 @@ from soups import write_relatives
 from mergekit_monosoup.errors import ConfigurationError, ParameterError
 from mergekit_monosoup.methods.sfgs import recorded_decisions
 
-pytestmark = pytest.mark.usefixtures("registered")
+pytestmark = pytest.mark.usefixtures("registered", "fresh_loaders")
 
 SHARES = (0.9, -0.8, 0.7, 0.1)
 
@@ -42,13 +42,6 @@ def models(family, tmp_path_factory):
     """A base and four relatives of it: 1 and 3 agree, 2 opposes them, 4 hardly agrees."""
     base = family("qwen3-tied", "bf16").base
     return base, write_relatives(tmp_path_factory.mktemp("relatives"), base, SHARES)
-
-
-@pytest.fixture(autouse=True)
-def fresh_loaders():
-    forget_loaders()
-    yield
-    forget_loaders()
 
 
 def soup_recipe(base, tuned, *, scores=None, **parameters):

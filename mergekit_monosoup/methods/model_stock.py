@@ -6,16 +6,7 @@ import logging
 import time
 from typing import Any
 
-from mergekit.merge_methods.base import (
-    BasePolicy,
-    GroupMergeMethod,
-    InputContract,
-    MergeMethodSpec,
-    OptionalTensorPolicy,
-    ParameterScope,
-    ParameterSpec,
-    TensorGroup,
-)
+from mergekit.merge_methods.base import ParameterScope, ParameterSpec, TensorGroup
 from torch import Tensor
 
 from mergekit_monosoup.alignment.average import towards_average
@@ -23,20 +14,18 @@ from mergekit_monosoup.alignment.inner import inner_products
 from mergekit_monosoup.alignment.stock import Angle, model_stock_ratio
 from mergekit_monosoup.errors import ConfigurationError, NonFiniteError
 from mergekit_monosoup.methods.adapters import EXACT_LORA, with_exact_weights
-from mergekit_monosoup.methods.inputs import GroupInputs, is_whole_recipe, validate_recipe
+from mergekit_monosoup.methods.contract import UpdateMethod, specification
+from mergekit_monosoup.methods.inputs import GroupInputs, is_whole_recipe
 from mergekit_monosoup.methods.parameters import choice, flag
 from mergekit_monosoup.methods.reporting import REPORT, note
 from mergekit_monosoup.spectral.matrix import choose_view
 
 LOG = logging.getLogger(__name__)
 
-_SPEC = MergeMethodSpec(
+_SPEC = specification(
     name="model_stock_stable",
     pretty_name="Model Stock, stable at any precision",
     reference_url="https://arxiv.org/abs/2403.19522",
-    # Two fine-tuned models for the recipe (checked below), one for an optional tensor.
-    contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
     parameters=(
         ParameterSpec(
             "angle",
@@ -65,7 +54,7 @@ _SPEC = MergeMethodSpec(
 )
 
 
-class ModelStock(GroupMergeMethod):
+class ModelStock(UpdateMethod):
     """Draw the average of N >= 2 checkpoints towards the base: W = t mean(W_i) + (1 - t) W0.
 
     t = N c / (1 + (N - 1) c) with c from the angles between the updates (arXiv 2403.19522). Works in
@@ -77,13 +66,13 @@ class ModelStock(GroupMergeMethod):
 
     def validate_inputs(self, input_ids: Any, base_id: Any = None, *, group_name: str | None = None) -> None:
         """Refuse a recipe without base or with fewer than two fine-tuned models, or quantised."""
-        validate_recipe(self.spec.name, input_ids, base_id, group_name)
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        # An optional tensor may be in one fine-tuned checkpoint only.
         if is_whole_recipe(group_name) and len(input_ids) <= self.fewest_finetuned:
             raise ConfigurationError(
                 f"merge method {self.spec.name!r} measures the angle between fine-tuned checkpoints "
                 "and needs at least two besides base_model; for a single one use monosoup"
             )
-        super().validate_inputs(input_ids, base_id, group_name=group_name)
 
     def merge_group(
         self,

@@ -10,11 +10,6 @@ from typing import Any
 
 import torch
 from mergekit.merge_methods.base import (
-    BasePolicy,
-    GroupMergeMethod,
-    InputContract,
-    MergeMethodSpec,
-    OptionalTensorPolicy,
     ParameterScope,
     ParameterSpec,
     PerInputValues,
@@ -24,7 +19,8 @@ from torch import Tensor
 
 from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.methods.adapters import EXACT_LORA, AdapterInputs
-from mergekit_monosoup.methods.inputs import GroupInputs, validate_recipe
+from mergekit_monosoup.methods.contract import UpdateMethod, specification
+from mergekit_monosoup.methods.inputs import GroupInputs
 from mergekit_monosoup.methods.outcomes import MergedWeight, below
 from mergekit_monosoup.methods.parameters import choice, flag, number, optional_number
 from mergekit_monosoup.methods.reporting import REPORT, note
@@ -34,12 +30,10 @@ from mergekit_monosoup.spectral.matrix import Layout, MatrixView, choose_view
 from mergekit_monosoup.spectral.mixing import Mixing
 from mergekit_monosoup.spectral.spectrum import Backend
 
-_SPEC = MergeMethodSpec(
+_SPEC = specification(
     name="monosoup",
     pretty_name="MonoSoup",
     reference_url="https://arxiv.org/abs/2602.09689",
-    contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
     parameters=(
         ParameterSpec(
             "energy",
@@ -103,7 +97,7 @@ _SPEC = MergeMethodSpec(
 )
 
 
-class MonoSoup(GroupMergeMethod):
+class MonoSoup(UpdateMethod):
     """Edit the (averaged) update of fine-tuned checkpoints: W = W0 + alpha (l_high dW_high + l_low dW_low).
 
     arXiv 2602.09689, section 4; several checkpoints are averaged first (its Tables 1 and 4). Tensors
@@ -113,11 +107,6 @@ class MonoSoup(GroupMergeMethod):
     """
 
     spec = _SPEC
-
-    def validate_inputs(self, input_ids: Any, base_id: Any = None, *, group_name: str | None = None) -> None:
-        """Refuse a recipe or a tensor group without base, without fine-tuned model, or quantised."""
-        validate_recipe(self.spec.name, input_ids, base_id, group_name)
-        super().validate_inputs(input_ids, base_id, group_name=group_name)
 
     def merge_group(
         self,

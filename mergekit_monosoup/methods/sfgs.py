@@ -12,11 +12,6 @@ from typing import Any
 
 import torch
 from mergekit.merge_methods.base import (
-    BasePolicy,
-    GroupMergeMethod,
-    InputContract,
-    MergeMethodSpec,
-    OptionalTensorPolicy,
     ParameterScope,
     ParameterSpec,
     PerInputValues,
@@ -30,7 +25,8 @@ from mergekit_monosoup.alignment.average import towards_average
 from mergekit_monosoup.alignment.selection import DEFAULT_THRESHOLD, Layers, considered_in_order
 from mergekit_monosoup.errors import ConfigurationError, NonFiniteError, ParameterError
 from mergekit_monosoup.methods.adapters import EXACT_LORA, with_exact_weights
-from mergekit_monosoup.methods.inputs import GroupInputs, is_whole_recipe, validate_recipe
+from mergekit_monosoup.methods.contract import UpdateMethod, specification
+from mergekit_monosoup.methods.inputs import GroupInputs, is_whole_recipe
 from mergekit_monosoup.methods.merge_plan import (
     PLAN,
     MergePlan,
@@ -45,12 +41,10 @@ from mergekit_monosoup.methods.stored import Alignment, Refine, align, align_loa
 
 LOG = logging.getLogger(__name__)
 
-_SPEC = MergeMethodSpec(
+_SPEC = specification(
     name="sfgs",
     pretty_name="Similarity-Filtered Greedy Soup",
     reference_url="https://arxiv.org/abs/2602.09689",
-    contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
     parameters=(
         ParameterSpec(
             "threshold",
@@ -102,7 +96,7 @@ def recorded_decisions() -> Iterator[list[SoupDecision]]:
         _LISTENER.reset(token)
 
 
-class SimilarityFilteredGreedySoup(GroupMergeMethod):
+class SimilarityFilteredGreedySoup(UpdateMethod):
     """Average the checkpoints whose updates point the soup's way: W = W0 + mean of the taken updates.
 
     One decision for the whole model (arXiv 2602.09689): a candidate is taken if the average over
@@ -115,7 +109,6 @@ class SimilarityFilteredGreedySoup(GroupMergeMethod):
 
     def validate_inputs(self, input_ids: Any, base_id: Any = None, *, group_name: str | None = None) -> None:
         """Refuse a recipe or a tensor group without base, without fine-tuned model, or quantised."""
-        validate_recipe(self.spec.name, input_ids, base_id, group_name)
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         if is_whole_recipe(group_name):
             announce(group_name, input_ids, base_id, _Plan)

@@ -8,11 +8,7 @@ from typing import Any
 
 from mergekit_monosoup.planning.architecture import Architecture, Weight
 from mergekit_monosoup.planning.catalogue import Method
-from mergekit_monosoup.planning.headers import (
-    Checkpoint,
-    StoredTensor,
-    bytes_per_entry,
-)
+from mergekit_monosoup.planning.headers import Checkpoint, StoredTensor, bytes_per_entry
 from mergekit_monosoup.planning.naming import gradient_positions, weight_names
 from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source
 from mergekit_monosoup.planning.problems import Problems
