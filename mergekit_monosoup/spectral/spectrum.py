@@ -20,9 +20,11 @@ from mergekit_monosoup.spectral.certify import (
     gram_doubt,
     is_certain,
     product_error,
+    reduction_error,
     subspace_is_certain,
+    subspace_tolerance,
 )
-from mergekit_monosoup.spectral.eigen import DenseEigen, VectorSource, decomposed
+from mergekit_monosoup.spectral.eigen import DenseEigen, VectorSource, by_tridiagonal_form, decomposed
 from mergekit_monosoup.spectral.precision import full_float32
 from mergekit_monosoup.spectral.products import GramSum
 from mergekit_monosoup.spectral.split import split_index
@@ -32,6 +34,10 @@ Backend = Literal["auto", "gram", "svd"]
 
 # Sums of squares outside this range are formed again from scaled entries.
 _SAFE = {torch.float32: (1e-28, 1e34), torch.float64: (1e-280, 1e280)}
+# Participation ratio from which a spectrum is flat enough, and tolerance of the subspace from which the
+# result is rounded coarsely enough, for float32 to reduce the Gram matrix to tridiagonal form.
+_FLAT = 0.1
+_ROUGH = 3e-4
 # Numerical rank, as a share of the smaller side, up to which an update is treated through a factor.
 _LOW_RANK = 1 / 8
 
@@ -115,16 +121,26 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
         gram = _accumulated(update, dtype, scale)
     diagonal = gram.diagonal()
     live = diagonal > 0
-    error = product_error(dtype, gram.sections)
-    total = gram.take()
+    hidden = update.hidden_by_rounding(math.sqrt(float(diagonal.sum())) / scale)
+    single = (
+        dtype == torch.float32
+        and by_tridiagonal_form(int(live.sum()), update.device)
+        and (subspace_tolerance(hidden) >= _ROUGH or gram.participation() > _FLAT)
+    )
+    reduced = torch.float32 if single else torch.float64
+    total = gram.take(reduced)
+    # Sums of several sections that are rounded to float32 in the end are as good as one section.
+    error = product_error(dtype, 1 if single else gram.sections)
     if not bool(live.all()):
         kept = live.to(total.device)
         total = total[kept][:, kept].contiguous()
     eigen = decomposed(total)
+    del total
     values = eigen.values.flip(0).clamp(min=0).sqrt()
-    certain = is_certain(values, gram_doubt(values, diagonal, error), energy) and subspace_is_certain(
-        values, diagonal, error, split_index(values, energy)
-    )
+    reduction = reduction_error(values, diagonal, reduced)
+    certain = is_certain(
+        values, gram_doubt(values, diagonal, error, reduction), energy
+    ) and subspace_is_certain(values, diagonal, error, split_index(values, energy), reduction, hidden)
     name = "gram32" if dtype == torch.float32 else "gram64"
     return Spectrum(values / scale, name, certain, eigen, live)
 
