@@ -83,7 +83,7 @@ def share_of_the_bound(dw, reduced):
     found, doubt = gram_values(dw, reduced=reduced)
     shift, spread = entropy_change(found, doubt)
     moved = abs(math.log(effective_rank(found)) - math.log(effective_rank(exact_values(dw))))
-    return moved / (shift + 4 * spread)
+    return moved / (shift + 2 * spread)
 
 
 @pytest.mark.parametrize("reduced", [torch.float32, torch.float64])
@@ -97,14 +97,15 @@ def test_the_effect_on_the_effective_rank_is_a_fraction_of_the_bound(kind, rows,
 @pytest.mark.parametrize("kind", WIDE)
 def test_the_same_for_entries_of_other_distributions(kind, reduced):
     for seed, (rows, columns) in enumerate([(512, 512), (1024, 512), (400, 300)]):
-        assert share_of_the_bound(wide(kind, rows, columns, seed), reduced) <= 0.3
+        share = share_of_the_bound(wide(kind, rows, columns, seed), reduced)
+        assert share <= (0.5 if kind == "common part" else 0.25)
 
 
 @pytest.mark.parametrize("reduced", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["low rank", "low rank + noise"])
 @pytest.mark.parametrize("size", [300, 512])
 def test_drowned_values_stay_within_the_bound(kind, size, reduced):
-    assert share_of_the_bound(spectra.update(kind, size, size), reduced) <= 0.75
+    assert share_of_the_bound(spectra.update(kind, size, size), reduced) <= 0.3
 
 
 @pytest.mark.parametrize("reduced", [torch.float32, torch.float64])

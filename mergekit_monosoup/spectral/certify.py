@@ -13,11 +13,13 @@ from mergekit_monosoup.spectral.split import effective_rank, rank_index, split_i
 
 # How far the eigenvalues of a Gram matrix formed in finite precision are off. Rounding of the product is
 # independent from entry to entry, with a spread below eps times the largest diagonal entry; their common
-# shift is below eps of the mean, twice that for entries with a large common part. The effect on the
-# effective rank of Gaussian, power-law, spiked, graded, sparse and heavy-tailed updates stays below a fifth,
-# of low-rank ones with a drowned tail below half of what is allowed for; tests/test_certify.py measures it.
-_SPREADS = 4.0
-_SHIFT = 2.0
+# shift is below eps of the mean. The effect on the effective rank of Gaussian, power-law, spiked, graded,
+# sparse, heavy-tailed and low-rank updates stays below a quarter of what is allowed for, where one direction
+# holds nearly everything below a half; tests/test_certify.py measures it.
+_SPREADS = 2.0
+_SHIFT = 1.0
+# How far q eigenvalues drowning in independent errors are spread, in an entry's error times sqrt(q).
+_DROWNED = 1.0
 # Householder's reduction in the dtype of the product errs, in the part of the spectrum that decides, like
 # the geometric mean of the largest and the mean eigenvalue; half an eps of it is twice what was measured.
 _REDUCTION = 0.5
@@ -68,16 +70,18 @@ def gram_doubt(values: Tensor, diagonal: Tensor, error: float, reduction: float 
         error: of its entries, see `product_error`.
         reduction: see `reduction_error`.
     """
-    entry = error * float(diagonal.max()) + reduction
-    spread = _root_error(values, entry)
-    # Eigenvalues that drown in the errors repel each other: q of them reach 2 sqrt(q) times an entry.
+    # Twice the reduction's: with one direction far above all others its errors are not independent.
+    entry = error * float(diagonal.max()) + 2 * reduction
+    shift = _root_error(values, _SHIFT * error * float(diagonal.mean()))
+    # Eigenvalues that drown in the errors repel each other, and those below zero count as zero: they are
+    # off in common.
     ascending = values.square().flip(0)
     count = torch.arange(1, len(values) + 1, dtype=values.dtype)
-    drowned = (ascending < 2 * entry * count.sqrt()).nonzero()
+    drowned = (ascending < _DROWNED * entry * count.sqrt()).nonzero()
     if len(drowned):
         q = int(drowned[-1]) + 1
-        spread[-q:] = _root_error(values[-q:], 2 * math.sqrt(q) * entry)
-    return Doubt(_root_error(values, _SHIFT * error * float(diagonal.mean())), spread)
+        shift[-q:] = _root_error(values[-q:], _DROWNED * math.sqrt(q) * entry)
+    return Doubt(shift, _root_error(values, entry))
 
 
 def subspace_tolerance(hidden: float) -> float:

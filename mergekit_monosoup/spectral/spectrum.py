@@ -27,6 +27,7 @@ from mergekit_monosoup.spectral.certify import (
 from mergekit_monosoup.spectral.eigen import DenseEigen, VectorSource, by_tridiagonal_form, decomposed
 from mergekit_monosoup.spectral.precision import full_float32
 from mergekit_monosoup.spectral.products import GramSum
+from mergekit_monosoup.spectral.sample import sample
 from mergekit_monosoup.spectral.split import split_index
 from mergekit_monosoup.spectral.update import MatrixUpdate
 
@@ -94,18 +95,42 @@ def decompose(
     if backend == "svd" or (backend == "auto" and update.dtype == torch.float64):
         return _by_svd(update)
     with full_float32(update.device):
-        if update.dtype == torch.float32:
+        found, in_float32 = _from_a_sample(update, energy)
+        if found is not None:
+            return found
+        if in_float32:
             first = _by_gram(update, torch.float32, energy)
             if first is None or first.certain:
                 return first
-            factored = _by_factor(update, first, energy)
-            if factored is not None:
-                return factored
+            noise = math.sqrt(torch.finfo(torch.float32).eps) * float(first.singular_values[0])
+            q = int((first.singular_values > noise).sum())
+            if 0 < q <= _LOW_RANK * update.small:
+                factored = _by_factor(update, first.basis(q)[0].double(), energy)
+                if factored is not None:
+                    return factored
             del first
         second = _by_gram(update, torch.float64, energy)
     if second is None or second.certain or backend == "gram":
         return second
     return _by_svd(update)
+
+
+def _from_a_sample(update: MatrixUpdate, energy: float | None) -> tuple[Spectrum | None, bool]:
+    """Return the spectrum if a few lines give it away, and whether products in float32 are worth a try.
+
+    Only updates stored in more than 16 bits are looked at: the others carry the noise of their rounding,
+    which makes their rank full and lifts their small singular values above the errors of float32.
+    """
+    if update.dtype != torch.float32:
+        return None, False
+    looked = None if update.tuned[0].dtype.itemsize <= 2 else sample(update)
+    if looked is None:
+        return None, True
+    q = looked.numerical_rank
+    if q <= min(_LOW_RANK * update.small, len(looked.values) / 2):
+        return _by_factor(update, looked.directions(q), energy), True
+    # The small values of a steep spectrum would be in doubt, and the work done twice.
+    return None, looked.participation > _FLAT
 
 
 def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> Spectrum | None:
@@ -153,26 +178,25 @@ def _accumulated(update: MatrixUpdate, dtype: torch.dtype, scale: float) -> Gram
     return gram
 
 
-def _by_factor(update: MatrixUpdate, first: Spectrum, energy: float | None) -> Spectrum | None:
+def _by_factor(update: MatrixUpdate, rough: Tensor, energy: float | None) -> Spectrum | None:
     """Return the spectrum of an update of low numerical rank from a tall factor, or None.
 
     With Q `[small, q]` spanning the singular directions above the noise, dW = (dW Q) Q^T + R. The
     singular values of dW Q are found in float64; ||R||_F, computed and not estimated, bounds all the
     others and the error made by leaving them out.
+
+    Args:
+        update: the matrix.
+        rough: `[small, q]`, float64, about the span of Q.
+        energy: R of the split, None for the effective rank.
     """
-    values = first.singular_values
-    noise = math.sqrt(torch.finfo(torch.float32).eps) * float(values[0])
-    q = int((values > noise).sum())
-    if not 0 < q <= _LOW_RANK * update.small:
-        return None
-    rough = first.basis(q)[0].double()
     # One step of subspace iteration: float32 vectors leave up to 1e-5 of dW outside their span.
     powered = torch.zeros_like(rough)
     for span in update.spans():
         delta = update.block(*span, dtype=torch.float64).delta
         powered += delta.T @ (delta @ rough)
     leading, _ = torch.linalg.qr(powered)
-    gram = leading.new_zeros(q, q)
+    gram = leading.new_zeros(leading.shape[1], leading.shape[1])
     rest = 0.0
     for span in update.spans():
         delta = update.block(*span, dtype=torch.float64).delta
@@ -181,7 +205,7 @@ def _by_factor(update: MatrixUpdate, first: Spectrum, energy: float | None) -> S
         rest += float((delta - factor @ leading.T).square().sum())
     eigen = DenseEigen(gram)
     found = eigen.values.flip(0).clamp(min=0).sqrt()
-    others = update.small - q
+    others = update.small - rough.shape[1]
     padded = torch.cat([found, found.new_zeros(others)])
     left_out = torch.cat(
         [
