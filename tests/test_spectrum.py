@@ -8,7 +8,7 @@ import spectra
 import torch
 
 from mergekit_monosoup.errors import NonFiniteError
-from mergekit_monosoup.spectral import edit_update
+from mergekit_monosoup.spectral import edit_update, spectrum
 from mergekit_monosoup.spectral.spectrum import decompose
 from mergekit_monosoup.spectral.update import MatrixUpdate
 
@@ -87,6 +87,39 @@ def test_named_backends_agree(kind, backend):
 )
 def test_auto_takes_the_cheapest_safe_way(kind, shape, backend):
     assert backend_of(edit_update(spectra.update(kind, *shape))[1]) == backend
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "backend"),
+    [
+        ("gauss", (640, 520), "gram32"),
+        ("1/i", (520, 640), "gram64"),  # steep: float32 is not even tried
+        ("low rank", (640, 520), "factor"),
+        ("low rank + noise", (520, 640), "factor"),
+    ],
+)
+def test_a_few_lines_tell_what_to_expect(kind, shape, backend, monkeypatch):
+    tried = []
+    by_gram = spectrum._by_gram
+    monkeypatch.setattr(spectrum, "_by_gram", lambda *a: tried.append(a[1]) or by_gram(*a))
+    assert assert_agrees(spectra.update(kind, *shape)) == backend
+    assert (
+        tried
+        == {
+            "gram32": [torch.float32],
+            "gram64": [torch.float64],
+            "factor": [],
+        }[backend]
+    )
+
+
+@pytest.mark.parametrize("elsewhere", ["gauss", "1/i", "low rank"])
+@pytest.mark.parametrize("sampled", ["zero", "low rank", "gauss"])
+def test_lines_that_are_not_like_the_others_mislead_nobody(sampled, elsewhere):
+    dw = spectra.update(elsewhere, 1024, 520)
+    lines = torch.linspace(0, 1023, 256).long()
+    dw[lines] = 0.0 if sampled == "zero" else spectra.update(sampled, 256, 520)
+    assert_agrees(dw)
 
 
 def test_float64_updates_take_the_svd():

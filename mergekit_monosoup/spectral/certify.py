@@ -11,16 +11,25 @@ from torch import Tensor
 from mergekit_monosoup.spectral.mixing import mixing_coefficients
 from mergekit_monosoup.spectral.split import effective_rank, rank_index, split_index
 
-# How far the eigenvalues of a Gram matrix formed in finite precision are off (they are found in
-# float64). Rounding of the product is independent from entry to entry, with a spread below eps times
-# the largest diagonal entry; their common shift is below a few eps of the mean. The effect on the
-# effective rank of Gaussian, power-law, spiked, graded and low-rank updates stays below one spread; eight
-# are allowed for. tests/test_certify.py measures it.
-_SPREADS = 8.0
-_SHIFT = 4.0
+# How far the eigenvalues of a Gram matrix formed in finite precision are off. Rounding of the product is
+# independent from entry to entry, with a spread below eps times the largest diagonal entry; their common
+# shift is below eps of the mean. The effect on the effective rank of Gaussian, power-law, spiked, graded,
+# sparse, heavy-tailed and low-rank updates stays below a quarter of what is allowed for, where one direction
+# holds nearly everything below a half; tests/test_certify.py measures it.
+_SPREADS = 2.0
+_SHIFT = 1.0
+# How far q eigenvalues drowning in independent errors are spread, in an entry's error times sqrt(q).
+_DROWNED = 1.0
+# Householder's reduction in the dtype of the product errs, in the part of the spectrum that decides, like
+# the geometric mean of the largest and the mean eigenvalue; half an eps of it is twice what was measured.
+_REDUCTION = 0.5
 # Largest estimate of ||(P' - P) dW||_F / ||dW||_F, P' being mixed across the split by rounding. The
 # estimate is on the safe side: the largest entry of the error is about a seventh of it, in max |dW|.
 _SUBSPACE_ERROR = 1e-4
+# The same where the result is rounded to 16 bits, in units of the rounding of W (relative to ||dW||): one
+# entry in a thousand may be rounded to the other neighbour, and the error is a ninth of the estimate.
+_HIDDEN_BY_ROUNDING = 5e-4
+_LARGEST_SUBSPACE_ERROR = 1e-3
 # Largest uncertainty of lambda_low that is let through; a third of what is promised to the user.
 _COEFFICIENT_ERROR = 3e-5
 
@@ -47,21 +56,46 @@ def product_error(dtype: torch.dtype, sections: int = 1) -> float:
     return float(torch.finfo(dtype).eps) / math.sqrt(sections)
 
 
-def gram_doubt(values: Tensor, diagonal: Tensor, error: float) -> Doubt:
+def reduction_error(values: Tensor, diagonal: Tensor, dtype: torch.dtype) -> float:
+    """Return the error that reducing a Gram matrix to tridiagonal form in `dtype` adds to each entry."""
+    return _REDUCTION * float(torch.finfo(dtype).eps * values[0] * diagonal.mean().sqrt())
+
+
+def gram_doubt(values: Tensor, diagonal: Tensor, error: float, reduction: float = 0.0) -> Doubt:
     """Return what is not known of singular values found from a Gram matrix with errors.
 
     Args:
         values: roots of the eigenvalues, `[q]`, descending, float64.
         diagonal: squared norms of the columns, in units of `values` squared.
         error: of its entries, see `product_error`.
+        reduction: see `reduction_error`.
     """
-    return Doubt(
-        _root_error(values, _SHIFT * error * float(diagonal.mean())),
-        _root_error(values, error * float(diagonal.max())),
-    )
+    # Twice the reduction's: with one direction far above all others its errors are not independent.
+    entry = error * float(diagonal.max()) + 2 * reduction
+    shift = _root_error(values, _SHIFT * error * float(diagonal.mean()))
+    # Eigenvalues that drown in the errors repel each other, and those below zero count as zero: they are
+    # off in common.
+    ascending = values.square().flip(0)
+    count = torch.arange(1, len(values) + 1, dtype=values.dtype)
+    drowned = (ascending < _DROWNED * entry * count.sqrt()).nonzero()
+    if len(drowned):
+        q = int(drowned[-1]) + 1
+        shift[-q:] = _root_error(values[-q:], _DROWNED * math.sqrt(q) * entry)
+    return Doubt(shift, _root_error(values, entry))
 
 
-def subspace_is_certain(values: Tensor, diagonal: Tensor, error: float, k: int) -> bool:
+def subspace_tolerance(hidden: float) -> float:
+    """Return the largest error of the subspace that is let through, as `subspace_is_certain` estimates it.
+
+    Args:
+        hidden: eps of the result's dtype times ||W0|| / ||dW||, 0 where the result is not rounded further.
+    """
+    return max(_SUBSPACE_ERROR, min(_LARGEST_SUBSPACE_ERROR, _HIDDEN_BY_ROUNDING * hidden))
+
+
+def subspace_is_certain(
+    values: Tensor, diagonal: Tensor, error: float, k: int, reduction: float = 0.0, hidden: float = 0.0
+) -> bool:
     """Say whether the leading subspace is known well enough for the edit.
 
     A perturbation with entries e turns direction i into j by e / (l_i - l_j), and the projected update
@@ -73,15 +107,17 @@ def subspace_is_certain(values: Tensor, diagonal: Tensor, error: float, k: int) 
         diagonal: squared norms of the columns, in units of `values` squared.
         error: of the entries of the Gram matrix, see `product_error`.
         k: the split.
+        reduction: see `reduction_error`.
+        hidden: see `subspace_tolerance`.
     """
     if k == len(values):
         return True
     squares = values.square()
-    entry = error * float(diagonal.mean())
+    entry = error * float(diagonal.mean()) + reduction
     gaps = squares[:k, None] - squares[None, k:]
     turns = (entry / gaps.clamp(min=entry)).square()
     moved = (turns * (squares[:k, None] + squares[None, k:])).sum().sqrt()
-    return float(moved / squares.sum().sqrt()) <= _SUBSPACE_ERROR
+    return float(moved / squares.sum().sqrt()) <= subspace_tolerance(hidden)
 
 
 def _root_error(values: Tensor, error: float) -> Tensor:
@@ -123,10 +159,10 @@ def is_certain(values: Tensor, doubt: Doubt, energy: float | None) -> bool:
 
 
 def _energy_error(values: Tensor, shift: Tensor, spread: Tensor) -> float:
-    """Return the error of sum_i s_i^2: shifts add up, spreads add up in squares (four of them)."""
+    """Return the error of sum_i s_i^2: shifts add up, spreads add up in squares."""
     common = (shift * (2 * values + shift)).sum()
     independent = (spread * (2 * values + spread)).square().sum().sqrt()
-    return float(common + _SPREADS / 2 * independent)
+    return float(common + _SPREADS * independent)
 
 
 def _rank_is_certain(values: Tensor, doubt: Doubt, k: int) -> bool:

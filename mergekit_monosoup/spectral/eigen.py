@@ -51,29 +51,32 @@ class DenseEigen:
 
 
 class TridiagonalEigen:
-    """LAPACK in float64 and three steps: tridiagonal form, its eigenpairs, vectors of the few asked for.
+    """LAPACK in three steps: tridiagonal form, its eigenpairs, vectors of the few asked for.
 
-    A dense solver back-transforms all n vectors; the split needs those of the smaller subspace. Float64
-    because errors of eps lambda_1 in float32, harmless to the values that carry the update, would turn
-    neighbouring vectors of its bulk into each other.
+    A dense solver back-transforms all n vectors; the split needs those of the smaller subspace. The
+    tridiagonal form keeps the bulk of a spectrum apart from its spikes, so that float32 may reach it (see
+    `certify.reduction_error`); its eigenpairs are found in float64, because errors of eps lambda_1 would turn
+    neighbouring vectors of the bulk into each other.
 
     Args:
-        matrix: float64 `[n, n]` on the CPU, upper half filled; destroyed.
+        matrix: float32 or float64 `[n, n]` on the CPU, upper half filled; destroyed.
     """
 
     def __init__(self, matrix: Tensor) -> None:
         n = len(matrix)
+        reduce = lapack.ssytrd if matrix.dtype == torch.float32 else lapack.dsytrd
         # LAPACK reads Fortran order: the upper half of a torch matrix is its lower one. Blocks of 64
         # columns: the size that its own query asks for, within a few per cent.
-        reflectors, self._diagonal, self._off, tau, info = lapack.dsytrd(
-            matrix.numpy().T, lower=1, lwork=64 * n, overwrite_a=1
-        )
-        _require(info, "dsytrd")
-        # With lower storage the transformation is 1 + Q', Q' the reflectors below the diagonal. Float32
-        # will do for it: it errs by 1e-7 in every direction, whatever the gaps between eigenvalues.
-        self._reflectors = np.asfortranarray(reflectors[1:, : n - 1], dtype=np.float32)
+        form, diagonal, off, tau, info = reduce(matrix.numpy().T, lower=1, lwork=64 * n, overwrite_a=1)
+        _require(info, "sytrd")
+        self._diagonal, self._off = diagonal.astype(np.float64), off.astype(np.float64)
+        # Float32 will do for the transformation: it errs by 1e-7 in every direction, whatever the gaps
+        # between eigenvalues.
+        form = np.asfortranarray(form, dtype=np.float32)
+        # With lower storage it is 1 + Q', Q' the reflectors below the diagonal: the same memory, read from
+        # its second number on.
+        self._reflectors = form.ravel(order="K")[1 : 1 + n * (n - 1)].reshape((n, n - 1), order="F")
         self._tau = tau.astype(np.float32)
-        del reflectors, matrix
         squares = float((self._diagonal**2).sum() + 2 * (self._off**2).sum())
         self._all: Any = None
         if self._diagonal.sum() ** 2 > _FLAT * n * squares:
@@ -98,8 +101,10 @@ class TridiagonalEigen:
                 self._solve_all()
             inner = self._all[:, start:stop]
             self._all = None
-        vectors = np.asfortranarray(inner, dtype=np.float32)
-        below = np.asfortranarray(vectors[1:])
+        vectors = np.empty((n, count), np.float32, order="F")
+        vectors[0] = inner[0]
+        below = np.asfortranarray(inner[1:], dtype=np.float32)
+        del inner
         vectors[1:], _, info = lapack.sormqr(
             "L", "N", self._reflectors, self._tau, below, 64 * count, overwrite_c=1
         )
@@ -112,15 +117,21 @@ class TridiagonalEigen:
         return values
 
 
+def by_tridiagonal_form(n: int, device: torch.device) -> bool:
+    """Say whether a Gram matrix `[n, n]` is decomposed by `TridiagonalEigen`."""
+    return n > _SMALL and device.type == "cpu"
+
+
 def decomposed(gram: Tensor) -> SymmetricEigen:
-    """Decompose a Gram matrix in float64, in the way that suits its size and device.
+    """Decompose a Gram matrix in the way that suits its size and device.
 
     Args:
-        gram: float64 `[n, n]`, upper half filled; destroyed.
+        gram: `[n, n]`, upper half filled, destroyed; float64, or float32 where it is reduced to
+            tridiagonal form.
     """
-    if len(gram) <= _SMALL or gram.device.type != "cpu":
-        return DenseEigen(gram)
-    return TridiagonalEigen(gram)
+    if by_tridiagonal_form(len(gram), gram.device):
+        return TridiagonalEigen(gram)
+    return DenseEigen(gram)
 
 
 def _require(info: int, routine: str) -> None:

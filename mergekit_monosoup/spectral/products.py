@@ -18,7 +18,7 @@ from scipy.linalg import blas
 from torch import Tensor
 
 # Blocks whose products are summed in the dtype of the blocks.
-_SECTION = 8
+_SECTION = 16
 
 
 @contextmanager
@@ -92,15 +92,31 @@ class GramSum:
         diagonal: Tensor = matrix.diagonal().double().cpu()
         return diagonal
 
-    def take(self) -> Tensor:
-        """Return G in float64, giving up the sums; on the CPU its upper half alone is filled."""
+    def participation(self) -> float:
+        """Return (sum_i l_i)^2 / (n sum_i l_i^2) of the eigenvalues: 1 if flat, 1/n for rank 1."""
+        parts = [self._sum] if self._total is None else [self._sum, self._total]
+        trace = float(self.diagonal().sum())
+        # Products of the two parts are left out: a yardstick, not a result.
+        if self._half:
+            squares = sum(
+                float((blas.snrm2 if part.dtype == np.float32 else blas.dnrm2)(part.ravel(order="K"))) ** 2
+                for part in parts
+            )
+            squares = 2 * squares - float(self.diagonal().square().sum())
+        else:
+            squares = sum(float(part.square().sum()) for part in parts)
+        return trace**2 / (len(self.diagonal()) * squares)
+
+    def take(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return G in `dtype`, giving up the sums; on the CPU its upper half alone is filled."""
         if self._total is not None:
             self._flush()
-        result, self._sum = self._sum if self._total is None else self._total, None
+        result, self._sum, self._total = self._sum if self._total is None else self._total, None, None
         if self._half:
-            return torch.from_numpy(result.astype(np.float64, copy=False).T)
-        doubled: Tensor = result.double()
-        return doubled
+            kind = np.float64 if dtype == torch.float64 else np.float32
+            return torch.from_numpy(result.astype(kind, copy=False).T)
+        converted: Tensor = result.to(dtype)
+        return converted
 
 
 def add_projection(value: Tensor, delta: Tensor, basis: Tensor, factor: float) -> None:

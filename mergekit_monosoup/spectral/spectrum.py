@@ -20,11 +20,14 @@ from mergekit_monosoup.spectral.certify import (
     gram_doubt,
     is_certain,
     product_error,
+    reduction_error,
     subspace_is_certain,
+    subspace_tolerance,
 )
-from mergekit_monosoup.spectral.eigen import DenseEigen, VectorSource, decomposed
+from mergekit_monosoup.spectral.eigen import DenseEigen, VectorSource, by_tridiagonal_form, decomposed
 from mergekit_monosoup.spectral.precision import full_float32
 from mergekit_monosoup.spectral.products import GramSum
+from mergekit_monosoup.spectral.sample import sample
 from mergekit_monosoup.spectral.split import split_index
 from mergekit_monosoup.spectral.update import MatrixUpdate
 
@@ -32,6 +35,10 @@ Backend = Literal["auto", "gram", "svd"]
 
 # Sums of squares outside this range are formed again from scaled entries.
 _SAFE = {torch.float32: (1e-28, 1e34), torch.float64: (1e-280, 1e280)}
+# Participation ratio from which a spectrum is flat enough, and tolerance of the subspace from which the
+# result is rounded coarsely enough, for float32 to reduce the Gram matrix to tridiagonal form.
+_FLAT = 0.1
+_ROUGH = 3e-4
 # Numerical rank, as a share of the smaller side, up to which an update is treated through a factor.
 _LOW_RANK = 1 / 8
 
@@ -88,18 +95,42 @@ def decompose(
     if backend == "svd" or (backend == "auto" and update.dtype == torch.float64):
         return _by_svd(update)
     with full_float32(update.device):
-        if update.dtype == torch.float32:
+        found, in_float32 = _from_a_sample(update, energy)
+        if found is not None:
+            return found
+        if in_float32:
             first = _by_gram(update, torch.float32, energy)
             if first is None or first.certain:
                 return first
-            factored = _by_factor(update, first, energy)
-            if factored is not None:
-                return factored
+            noise = math.sqrt(torch.finfo(torch.float32).eps) * float(first.singular_values[0])
+            q = int((first.singular_values > noise).sum())
+            if 0 < q <= _LOW_RANK * update.small:
+                factored = _by_factor(update, first.basis(q)[0].double(), energy)
+                if factored is not None:
+                    return factored
             del first
         second = _by_gram(update, torch.float64, energy)
     if second is None or second.certain or backend == "gram":
         return second
     return _by_svd(update)
+
+
+def _from_a_sample(update: MatrixUpdate, energy: float | None) -> tuple[Spectrum | None, bool]:
+    """Return the spectrum if a few lines give it away, and whether products in float32 are worth a try.
+
+    Only updates stored in more than 16 bits are looked at: the others carry the noise of their rounding,
+    which makes their rank full and lifts their small singular values above the errors of float32.
+    """
+    if update.dtype != torch.float32:
+        return None, False
+    looked = None if update.tuned[0].dtype.itemsize <= 2 else sample(update)
+    if looked is None:
+        return None, True
+    q = looked.numerical_rank
+    if q <= min(_LOW_RANK * update.small, len(looked.values) / 2):
+        return _by_factor(update, looked.directions(q), energy), True
+    # The small values of a steep spectrum would be in doubt, and the work done twice.
+    return None, looked.participation > _FLAT
 
 
 def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> Spectrum | None:
@@ -115,16 +146,26 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
         gram = _accumulated(update, dtype, scale)
     diagonal = gram.diagonal()
     live = diagonal > 0
-    error = product_error(dtype, gram.sections)
-    total = gram.take()
+    hidden = update.hidden_by_rounding(math.sqrt(float(diagonal.sum())) / scale)
+    single = (
+        dtype == torch.float32
+        and by_tridiagonal_form(int(live.sum()), update.device)
+        and (subspace_tolerance(hidden) >= _ROUGH or gram.participation() > _FLAT)
+    )
+    reduced = torch.float32 if single else torch.float64
+    total = gram.take(reduced)
+    # Sums of several sections that are rounded to float32 in the end are as good as one section.
+    error = product_error(dtype, 1 if single else gram.sections)
     if not bool(live.all()):
         kept = live.to(total.device)
         total = total[kept][:, kept].contiguous()
     eigen = decomposed(total)
+    del total
     values = eigen.values.flip(0).clamp(min=0).sqrt()
-    certain = is_certain(values, gram_doubt(values, diagonal, error), energy) and subspace_is_certain(
-        values, diagonal, error, split_index(values, energy)
-    )
+    reduction = reduction_error(values, diagonal, reduced)
+    certain = is_certain(
+        values, gram_doubt(values, diagonal, error, reduction), energy
+    ) and subspace_is_certain(values, diagonal, error, split_index(values, energy), reduction, hidden)
     name = "gram32" if dtype == torch.float32 else "gram64"
     return Spectrum(values / scale, name, certain, eigen, live)
 
@@ -137,26 +178,25 @@ def _accumulated(update: MatrixUpdate, dtype: torch.dtype, scale: float) -> Gram
     return gram
 
 
-def _by_factor(update: MatrixUpdate, first: Spectrum, energy: float | None) -> Spectrum | None:
+def _by_factor(update: MatrixUpdate, rough: Tensor, energy: float | None) -> Spectrum | None:
     """Return the spectrum of an update of low numerical rank from a tall factor, or None.
 
     With Q `[small, q]` spanning the singular directions above the noise, dW = (dW Q) Q^T + R. The
     singular values of dW Q are found in float64; ||R||_F, computed and not estimated, bounds all the
     others and the error made by leaving them out.
+
+    Args:
+        update: the matrix.
+        rough: `[small, q]`, float64, about the span of Q.
+        energy: R of the split, None for the effective rank.
     """
-    values = first.singular_values
-    noise = math.sqrt(torch.finfo(torch.float32).eps) * float(values[0])
-    q = int((values > noise).sum())
-    if not 0 < q <= _LOW_RANK * update.small:
-        return None
-    rough = first.basis(q)[0].double()
     # One step of subspace iteration: float32 vectors leave up to 1e-5 of dW outside their span.
     powered = torch.zeros_like(rough)
     for span in update.spans():
         delta = update.block(*span, dtype=torch.float64).delta
         powered += delta.T @ (delta @ rough)
     leading, _ = torch.linalg.qr(powered)
-    gram = leading.new_zeros(q, q)
+    gram = leading.new_zeros(leading.shape[1], leading.shape[1])
     rest = 0.0
     for span in update.spans():
         delta = update.block(*span, dtype=torch.float64).delta
@@ -165,7 +205,7 @@ def _by_factor(update: MatrixUpdate, first: Spectrum, energy: float | None) -> S
         rest += float((delta - factor @ leading.T).square().sum())
     eigen = DenseEigen(gram)
     found = eigen.values.flip(0).clamp(min=0).sqrt()
-    others = update.small - q
+    others = update.small - rough.shape[1]
     padded = torch.cat([found, found.new_zeros(others)])
     left_out = torch.cat(
         [

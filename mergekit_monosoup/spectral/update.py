@@ -76,6 +76,24 @@ class MatrixUpdate:
         """Length of the shorter side."""
         return self._sizes[1 - self.long_axis]
 
+    def hidden_by_rounding(self, norm: float) -> float:
+        """Return eps of the result times ||W0|| / ||dW||: what rounding W0 + dW hides, relative to dW.
+
+        0 where the result is rounded to no less than float32: there is no W0, or it is stored in more than
+        16 bits.
+
+        Args:
+            norm: ||dW||_F.
+        """
+        if self.base is None or self.base.dtype.itemsize > 2 or norm == 0:
+            return 0.0
+        # A part of it is enough for a ratio: the middle of the longer side.
+        middle = self.long // 2
+        start, stop = max(0, middle - _SAMPLED_LINES), min(self.long, middle + _SAMPLED_LINES)
+        piece = self._piece(self.base, start, stop).float()
+        whole = float(piece.norm()) * math.sqrt(self.long / (stop - start))
+        return torch.finfo(self.base.dtype).eps * whole / norm
+
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield the (start, stop) of each block along the longer side."""
         entries = _CPU_BLOCK if self.device.type == "cpu" else _DEVICE_BLOCK

@@ -1,0 +1,61 @@
+"""A look at a few lines of an update: what kind of spectrum is to be expected.
+
+What is concluded here decides on time alone; whatever is found from it is certified like everything else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_monosoup.spectral.update import MatrixUpdate
+
+# Lines that are looked at: few enough to cost a few per cent of a decomposition.
+_LINES = 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Singular values `[256]` of the sampled lines, descending, float64, and their directions."""
+
+    values: Tensor
+    _lines: Tensor
+    _left: Tensor
+
+    @property
+    def participation(self) -> float:
+        """(sum_i l_i)^2 / (256 sum_i l_i^2) of l_i = s_i^2: 1 for a flat spectrum, 1/256 for rank 1."""
+        squares = self.values.square()
+        return float(squares.sum() ** 2 / (len(squares) * squares.square().sum()))
+
+    @property
+    def numerical_rank(self) -> int:
+        """Number of singular values above the noise of float32 products."""
+        noise = math.sqrt(torch.finfo(torch.float32).eps) * float(self.values[0])
+        return int((self.values > noise).sum())
+
+    def directions(self, q: int) -> Tensor:
+        """Return the leading q right singular directions, float64 `[small, q]`."""
+        return self._lines.double().T @ (self._left[:, :q] / self.values[:q])
+
+
+def sample(update: MatrixUpdate) -> Sample | None:
+    """Decompose evenly spaced lines of the longer side; None if they hold nothing to go by.
+
+    That is: the update is on an accelerator, where the decomposition costs too little; too small; zero or
+    not finite in these lines.
+    """
+    if update.device.type != "cpu" or update.small <= 2 * _LINES:
+        return None
+    starts = torch.linspace(0, update.long - 1, _LINES).long().tolist()
+    lines = torch.cat([update.block(i, i + 1).delta for i in starts])
+    peak = float(lines.abs().max())
+    if not 0 < peak < math.inf:
+        return None
+    # A power of two changes no digit.
+    lines = lines * 2.0 ** max(-126, min(126, -math.frexp(peak)[1]))
+    values, left = torch.linalg.eigh((lines @ lines.T).double())
+    return Sample(values.flip(0).clamp(min=0).sqrt(), lines, left.flip(1))
