@@ -10,7 +10,7 @@ from typing import Any
 from common import shown
 
 HERE = Path(__file__).resolve().parent
-ORDER = ("spectral", "memory", "merge", "growth", "floor")
+ORDER = ("spectral", "memory", "merge", "growth", "floor", "projector")
 # What is asked of a figure: (benchmark, figure, wording, must, aim, beyond, whether more is better).
 ASKED = (
     (
