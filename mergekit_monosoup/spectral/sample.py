@@ -6,7 +6,7 @@ What is concluded here decides on time alone; whatever is found from it is certi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ def sample(update: MatrixUpdate) -> Sample | None:
     """
     if update.device.type != "cpu" or update.small <= 2 * _LINES:
         return None
-    starts = torch.linspace(0, update.long - 1, _LINES).long().tolist()
-    lines = torch.cat([update.block(i, i + 1).delta for i in starts])
+    lines = _evenly_spaced(update)
     peak = float(lines.abs().max())
     if not 0 < peak < math.inf:
         return None
@@ -59,3 +58,14 @@ def sample(update: MatrixUpdate) -> Sample | None:
     lines = lines * 2.0 ** max(-126, min(126, -math.frexp(peak)[1]))
     values, left = torch.linalg.eigh((lines @ lines.T).double())
     return Sample(values.flip(0).clamp(min=0).sqrt(), lines, left.flip(1))
+
+
+def _evenly_spaced(update: MatrixUpdate) -> Tensor:
+    """Return lines of the longer side of dW, `[256, small]`."""
+    chosen = torch.linspace(0, update.long - 1, _LINES).long()
+    if update.lines is not None and update.line_axis != update.long_axis:
+        return torch.cat([update.block(i, i + 1).delta for i in chosen.tolist()])
+    kept = chosen if update.lines is None else update.lines[chosen]
+    part = replace(update, line_axis=update.long_axis, lines=kept)
+    # Fewer lines than columns: what was the shorter side is read as the longer one.
+    return part.block(0, part.long).delta.T
