@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
+from mergekit_monosoup.spectral.tridiagonal import TornEigen
+
 # Below this size a dense decomposition is as quick.
 _SMALL = 256
-# Share of the vectors up to which they are found one by one (MRRR) instead of all (divide and conquer).
+# Share of the vectors up to which they are found one by one (MRRR) instead of by divide and conquer.
 _FEW = 0.1
 _BY_INDEX = 2
 # Participation ratio, as a share of n, above which a spectrum is so flat that few of its directions will be
@@ -78,18 +80,19 @@ class TridiagonalEigen:
         self._reflectors = form.ravel(order="K")[1 : 1 + n * (n - 1)].reshape((n, n - 1), order="F")
         self._tau = tau.astype(np.float32)
         squares = float((self._diagonal**2).sum() + 2 * (self._off**2).sum())
-        self._all: Any = None
+        self._torn: TornEigen | None = None
         if self._diagonal.sum() ** 2 > _FLAT * n * squares:
             values, info = lapack.dsterf(self._diagonal.copy(), self._off.copy())
             _require(info, "dsterf")
         else:
-            values = self._solve_all()
+            self._torn = TornEigen(self._diagonal, self._off)
+            values = self._torn.values
         self.values: Tensor = torch.from_numpy(values)
 
     def vectors(self, start: int, stop: int) -> Tensor:
         """Return eigenvectors `start` to `stop`, float32 `[n, stop - start]`."""
         n, count = len(self._diagonal), stop - start
-        if self._all is None and count < _FEW * n:
+        if self._torn is None and count < _FEW * n:
             off = np.append(self._off, 0.0)
             _, _, inner, info = lapack.dstemr(
                 self._diagonal.copy(), off, _BY_INDEX, 0.0, 0.0, start + 1, stop
@@ -97,10 +100,9 @@ class TridiagonalEigen:
             _require(info, "dstemr")
             inner = inner[:, :count]
         else:
-            if self._all is None:
-                self._solve_all()
-            inner = self._all[:, start:stop]
-            self._all = None
+            torn, self._torn = self._torn or TornEigen(self._diagonal, self._off), None
+            inner = torn.vectors(start, stop)
+            del torn
         vectors = np.empty((n, count), np.float32, order="F")
         vectors[0] = inner[0]
         below = np.asfortranarray(inner[1:], dtype=np.float32)
@@ -110,11 +112,6 @@ class TridiagonalEigen:
         )
         _require(info, "sormqr")
         return torch.from_numpy(vectors)
-
-    def _solve_all(self) -> Any:
-        values, self._all, info = lapack.dstevd(self._diagonal.copy(), self._off.copy())
-        _require(info, "dstevd")
-        return values
 
 
 def by_tridiagonal_form(n: int, device: torch.device) -> bool:
