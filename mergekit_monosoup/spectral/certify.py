@@ -30,6 +30,7 @@ _SUBSPACE_ERROR = 1e-4
 # entry in a thousand may be rounded to the other neighbour, and the error is a ninth of the estimate.
 _HIDDEN_BY_ROUNDING = 5e-4
 _LARGEST_SUBSPACE_ERROR = 1e-3
+_PAIRED = 32
 # Largest uncertainty of lambda_low that is let through; a third of what is promised to the user.
 _COEFFICIENT_ERROR = 3e-5
 
@@ -114,10 +115,13 @@ def subspace_is_certain(
         return True
     squares = values.square()
     entry = error * float(diagonal.mean()) + reduction
-    gaps = squares[:k, None] - squares[None, k:]
-    turns = (entry / gaps.clamp(min=entry)).square()
-    moved = (turns * (squares[:k, None] + squares[None, k:])).sum().sqrt()
-    return float(moved / squares.sum().sqrt()) <= subspace_tolerance(hidden)
+    moved = 0.0
+    # A few rows of all pairs at a time: the pairs are as many as the entries of the Gram matrix.
+    for leading in torch.split(squares[:k], _PAIRED):
+        gaps = leading[:, None] - squares[None, k:]
+        turns = (entry / gaps.clamp(min=entry)).square()
+        moved += float((turns * (leading[:, None] + squares[None, k:])).sum())
+    return math.sqrt(moved / float(squares.sum())) <= subspace_tolerance(hidden)
 
 
 def _root_error(values: Tensor, error: float) -> Tensor:

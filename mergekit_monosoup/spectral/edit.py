@@ -23,7 +23,7 @@ from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coeff
 from mergekit_monosoup.spectral.products import add_projection, one_torch_thread
 from mergekit_monosoup.spectral.spectrum import Backend, decompose
 from mergekit_monosoup.spectral.split import effective_rank, split_index
-from mergekit_monosoup.spectral.update import MatrixUpdate
+from mergekit_monosoup.spectral.update import Block, MatrixUpdate
 
 
 @dataclass(frozen=True)
@@ -291,10 +291,14 @@ def _copy_base(update: MatrixUpdate, out: Tensor) -> None:
 def _apply(update: MatrixUpdate, out: Tensor, whole: float, part: float, basis: Tensor | None) -> None:
     """Write base + whole * dW + part * dW basis basis^T, block by block."""
     for start, stop in update.spans():
-        block = update.block(start, stop)
-        value = block.delta * whole
-        if block.base is not None:
-            value += block.base
-        if basis is not None:
-            add_projection(value, block.delta, basis, part)
-        update.write(out, start, stop, value)
+        # In a function of its own: nothing of one block outlives it.
+        update.write(out, start, stop, _edited_block(update.block(start, stop), whole, part, basis))
+
+
+def _edited_block(block: Block, whole: float, part: float, basis: Tensor | None) -> Tensor:
+    value = block.delta * whole
+    if block.base is not None:
+        value += block.base
+    if basis is not None:
+        add_projection(value, block.delta, basis, part)
+    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,9 +13,8 @@ from mergekit_monosoup.spectral.tridiagonal import TornEigen
 
 # Below this size a dense decomposition is as quick.
 _SMALL = 256
-# Share of the vectors up to which they are found one by one (MRRR) instead of by divide and conquer.
-_FEW = 0.1
-_BY_INDEX = 2
+# Share of the vectors up to which they are found one by one instead of by divide and conquer.
+_FEW = 0.2
 # Participation ratio, as a share of n, above which a spectrum is so flat that few of its directions will be
 # left over by the effective rank, so that finding the values first is worth its time.
 _FLAT = 0.6
@@ -92,14 +91,10 @@ class TridiagonalEigen:
     def vectors(self, start: int, stop: int) -> Tensor:
         """Return eigenvectors `start` to `stop`, float32 `[n, stop - start]`."""
         n, count = len(self._diagonal), stop - start
+        inner = None
         if self._torn is None and count < _FEW * n:
-            off = np.append(self._off, 0.0)
-            _, _, inner, info = lapack.dstemr(
-                self._diagonal.copy(), off, _BY_INDEX, 0.0, 0.0, start + 1, stop
-            )
-            _require(info, "dstemr")
-            inner = inner[:, :count]
-        else:
+            inner = self._iterated(start, stop)
+        if inner is None:
             torn, self._torn = self._torn or TornEigen(self._diagonal, self._off), None
             inner = torn.vectors(start, stop)
             del torn
@@ -112,6 +107,16 @@ class TridiagonalEigen:
         )
         _require(info, "sormqr")
         return torch.from_numpy(vectors)
+
+    def _iterated(self, start: int, stop: int) -> Any:
+        """Return vectors of the tridiagonal form by inverse iteration, or None where it does not apply."""
+        n = len(self._diagonal)
+        if not self._off.all():
+            # Vectors of separate blocks would each need their own eigenvalues.
+            return None
+        one_block = np.ones(n, np.int32), np.full(n, n, np.int32)
+        found, info = lapack.dstein(self._diagonal, self._off, self.values.numpy()[start:stop], *one_block)
+        return found if info == 0 else None
 
 
 def by_tridiagonal_form(n: int, device: torch.device) -> bool:

@@ -108,10 +108,13 @@ class MatrixUpdate:
         delta: Tensor | None = None
         for tensor, weight in zip(self.tuned, self.weights, strict=True):
             piece = self._piece(tensor, start, stop).to(dtype)
-            # Never in place: without a conversion, a piece is the caller's own tensor.
-            part = piece if base is None else piece - base
-            part = part if weight == 1 else part * weight
-            delta = part if delta is None else delta + part
+            # Without a conversion, a piece is the caller's own tensor.
+            own = dtype != tensor.dtype
+            if base is not None:
+                piece = piece.sub_(base) if own else piece - base
+            if weight != 1:
+                piece = piece * weight
+            delta = piece if delta is None else delta + piece
         if delta is None:
             raise ValueError("an update needs at least one fine-tuned tensor")
         # The layout decides on the order of sums: strided inputs must not give other last digits.
