@@ -144,7 +144,7 @@ def show_costs() -> None:
         inside, *outside = (bits_per_byte(model, text) for text in texts.values())
         each = ", ".join(f"{cost:.3f}" for cost in outside)
         print(f"{label:12}{inside:10.3f}{sum(outside) / len(outside):10.3f}   ({each})", flush=True)
-    print("\nID: the kind of text that it was fine-tuned on. OOD: what it was not.")
+    print("\nID: the kind of text that it was fine-tuned on. OOD: the other kinds that the base learnt.")
 
 
 @torch.inference_mode()

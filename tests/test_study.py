@@ -324,10 +324,27 @@ def test_tables_show_means_spreads_and_changes():
     assert "±" not in base.split("|")[2]
 
 
+def test_soups_are_spread_over_the_pools_of_one_seed_each():
+    result = made_up_result()
+    assert tables.soups_over_seeds(result) == []
+    result["pools"] = [{**result["pools"][1], "pool": f"seed {seed}"} for seed in result["seeds"]]
+    lines = tables.soups_over_seeds(result)
+    assert "| best single | 3, 3, 3 | 98.5 ± 0.0 | 75.0 ± 0.0 |  |  |" in lines
+    assert "| uniform soup | 3, 3, 3 | 98.2 ± 0.0 | 78.5 ± 0.0 | -0.3 ± 0.0 | +3.5 ± 0.0 |" in lines
+    assert "| SFGS, threshold 0.1 | 2, 2, 2 | 98.1 ± 0.0 | 78.2 ± 0.0 | -0.4 ± 0.0 | +3.2 ± 0.0 |" in lines
+
+
+def test_prose_of_the_page_is_wrapped():
+    lines = as_page([{**made_up_result(), **CIRCUMSTANCES}]).splitlines()
+    assert max(len(line) for line in lines if not line.startswith(("|", "#"))) <= 110
+    # Angle brackets make a link of an address, and hide anything else.
+    assert not [line for line in lines if "<" in line and "<https://" not in line]
+
+
 def test_the_paper_has_its_numbers_beside_ours():
     page = as_page([{**made_up_result(), **CIRCUMSTANCES}])
     assert "## The paper's own numbers" in page
-    assert "CLIP ViT-B/32, best ID (ID+), monosoup | 80.34 % | 48.94 %" in page
+    assert "CLIP ViT-B/32, M-43, best ID (ID+), monosoup | 80.34 % | 48.94 %" in page
 
 
 CIRCUMSTANCES = {

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import click
 
 from benchmarks.robustness.jobs import run_jobs
+from benchmarks.robustness.markdown import wrapped
 from benchmarks.robustness.store import Store
 from benchmarks.robustness.study import plan
 from benchmarks.robustness.track import Recipe
@@ -180,7 +180,7 @@ licences of its packages, named in `../heldout/README.md`.
 
 
 def _wrapped(text: str) -> str:
-    return "\n\n".join(textwrap.fill(part, 110) for part in text.strip().split("\n\n"))
+    return "\n\n".join(map(wrapped, text.strip().split("\n\n")))
 
 
 def write_held_out(out: Path, data: Mapping[str, Any]) -> None:

@@ -24,11 +24,11 @@ def threshold_table(results: Sequence[Result]) -> list[str]:
     names = [result["track"] for result in results]
     columns = ["threshold", *(f"as greedy, {name}" for name in names), "as greedy, all", "kept"]
     columns += [f"ID / mean OOD less greedy's, {name}" for name in names]
+    pools = [pool for result in results for pool in result["pools"]]
     body = []
     for index, threshold in enumerate(_thresholds(results)):
         agreed = [_sum(result, index) for result in results]
         everything = (sum(same for same, _ in agreed), sum(asked for _, asked in agreed))
-        pools = [pool for result in results for pool in result["pools"]]
         kept = sum(len(pool["sfgs"][index]["taken"]) - 1 for pool in pools)
         differences = []
         for result in results:

@@ -5,20 +5,18 @@ Where a lower score is better, axes run the other way: up and to the right is al
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.robustness.panels import Result, axis, grid, legend, orient, panels, save, style
-
-# In-distribution, and out-of-distribution: the mean over the shifts.
-Point = tuple[float, float]
+from benchmarks.robustness.panels import axis, grid, legend, orient, panels, save, style
+from benchmarks.robustness.summary import Point, Result, full_recipes, id_of, mean_and_spread, ood_of
 
 _ID, _OOD = "#0072B2", "#D55E00"
-# Method -> colour, marker, filled.
+# Method -> colour, marker.
 _POINTS: dict[str, tuple[str, str]] = {
     "base": ("#000000", "s"),
     "fine-tuned": ("#000000", "o"),
@@ -60,7 +58,7 @@ def draw_track(result: Result, folder: Path) -> list[Path]:
 
 def scatter(result: Result) -> Figure | None:
     """Draw ID against OOD, a panel a recipe: mean and standard deviation over seeds, and both curves."""
-    recipes = _recipes(result)
+    recipes = full_recipes(result)
     if not recipes:
         return None
     figure, row = panels(
@@ -100,7 +98,7 @@ def scatter(result: Result) -> Figure | None:
 
 def curves(result: Result) -> Figure | None:
     """Draw ID and OOD against alpha for Wise-FT and for MonoSoup followed by it, a panel a recipe."""
-    recipes = _recipes(result)
+    recipes = full_recipes(result)
     if not recipes:
         return None
     title = f"{result['track']}: from the base (α = 0) to the checkpoint (α = 1)"
@@ -134,7 +132,7 @@ def curves(result: Result) -> Figure | None:
 
 def coefficients(result: Result) -> Figure | None:
     """Draw MonoSoup's lambda_low against the block for each kind of tensor, a panel a recipe."""
-    recipes = _recipes(result)
+    recipes = full_recipes(result)
     records = [r for r in result.get("lambdas", ()) if r["block"] is not None]
     if not records:
         return None
@@ -149,7 +147,7 @@ def coefficients(result: Result) -> Figure | None:
             values = [[r["lambda_low"] for r in chosen if r["block"] == block] for block in blocks]
             axes.errorbar(
                 [block + 0.03 * (number - len(kinds) / 2) for block in blocks],
-                [sum(v) / len(v) for v in values],
+                [fmean(v) for v in values],
                 yerr=[_deviation(v) for v in values],
                 **style(number),
                 capsize=2,
@@ -172,7 +170,7 @@ def similarity(result: Result) -> Figure | None:
     sides = [to for to in ("base", "fine-tuned") if any(r["to"] == to for r in records)]
     figure = Figure(figsize=(9.5, 1 + 2.7 * len(sides)), layout="constrained")
     cells = figure.subplots(len(sides), 2, squeeze=False, sharex=True, sharey="row")
-    figure.suptitle(f"{result['track']}: linear CKA of the blocks' outputs")
+    figure.suptitle(f"{result['track']}: linear CKA of the blocks' outputs, mean over recipes, one seed each")
     methods = list(dict.fromkeys(r["method"] for r in records))
     for row, to in zip(cells, sides, strict=True):
         for axes, inputs in zip(row, ("id", "ood"), strict=True):
@@ -184,7 +182,7 @@ def similarity(result: Result) -> Figure | None:
                 ]
                 if not runs:
                     continue
-                means = [sum(values) / len(values) for values in zip(*runs, strict=True)]
+                means = [fmean(values) for values in zip(*runs, strict=True)]
                 axes.plot(range(len(means)), means, **style(number), label=method)
             axes.set_title(f"with the {to} model, {inputs.upper()} inputs")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -204,7 +202,8 @@ def thresholds(result: Result) -> Figure | None:
     pool = next((p for p in pools if p["pool"] == "all"), pools[0])
     entries = sorted(pool["sfgs"], key=lambda entry: entry["threshold"])
     levels = [entry["threshold"] for entry in entries]
-    figure, row = panels(3, f"{result['track']}: SFGS, all {len(pool['members'])} checkpoints")
+    title = f"{result['track']}: SFGS, pool {pool['pool']} of {len(pool['members'])} checkpoints"
+    figure, row = panels(3, title)
     soups = {row["method"]: _point(result, row["scores"]) for row in pool["rows"]}
     for side, name in enumerate(("ID test", "OOD tests, mean over shifts")):
         axes = row[side]
@@ -234,14 +233,8 @@ def thresholds(result: Result) -> Figure | None:
     return figure
 
 
-def _recipes(result: Result) -> list[str]:
-    """Return the full fine-tunes' names; LoRA has no curves."""
-    return [r["name"] for r in result["recipes"] if r["lora_rank"] is None]
-
-
-def _point(result: Result, scores: Mapping[str, float]) -> Point:
-    shifts = result["shifts"]
-    return scores[result["in_distribution"]], sum(scores[shift] for shift in shifts) / len(shifts)
+def _point(result: Result, scores: dict[str, float]) -> Point:
+    return id_of(result, scores), ood_of(result, scores)
 
 
 def _scattered(result: Result, recipe: str) -> dict[str, list[Point]]:
@@ -269,7 +262,7 @@ def _curve(result: Result, recipe: str, family: str, end: str) -> list[tuple[flo
 
 def _mean(points: Sequence[Point]) -> Point:
     x, y = zip(*points, strict=True)
-    return sum(x) / len(x), sum(y) / len(y)
+    return fmean(x), fmean(y)
 
 
 def _spread(points: Sequence[Point]) -> Point:
@@ -278,6 +271,5 @@ def _spread(points: Sequence[Point]) -> Point:
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Return the standard deviation of a sample; 0 of a single value."""
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
+    """Return the sample standard deviation; 0 of a single value, whose bar is then not seen."""
+    return mean_and_spread(values)[1] or 0.0

@@ -54,7 +54,7 @@ def findings(result: Result) -> list[Finding]:
 
 
 def _premise(result: Result) -> Finding:
-    pairs = [(-first, -second) for first, second in gains(result, "base", "fine-tuned")]
+    pairs = gains(result, "fine-tuned", "base")
     better, worse = [first for first, _ in pairs], [-second for _, second in pairs]
     sentence = (
         f"Fine-tuning improves ID in {_count(better)} checkpoints (mean {_mean(result, better)}) and worsens "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from benchmarks.robustness.summary import Result, mean_and_spread
@@ -37,6 +38,14 @@ class Scale:
 
 def _unit(result: Result) -> str:
     return f"{result['measure']}, {'higher' if result['higher_is_better'] else 'lower'} is better"
+
+
+def wrapped(text: str, width: int = 110) -> str:
+    """Return a paragraph, or an item of a list, in lines of at most so many characters."""
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.fill(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

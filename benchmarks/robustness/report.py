@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.robustness import evidence, tables
 from benchmarks.robustness.findings import findings
-from benchmarks.robustness.markdown import Scale, table
+from benchmarks.robustness.markdown import Scale, table, wrapped
 from benchmarks.robustness.summary import Result, full_recipes, lora_recipes
 
 HERE = Path(__file__).resolve().parent
@@ -54,11 +54,17 @@ def as_page(results: Sequence[Result], figures: Sequence[str] = ()) -> str:
     lines += ["", "## What the tracks say", "", *_verdicts(results)]
     lines += _included(HERE / "discussion.md")
     for result in results:
-        lines += _track(result, [name for name in figures if Path(name).name.startswith(result["track"])])
+        own = [name for name in figures if Path(name).name.startswith(f"{result['track']}-")]
+        lines += _track(result, own)
     lines += ["", "## The threshold of SFGS", "", *_thresholds(results)]
     lines += _paper(HERE / "paper.json")
     lines += ["", "## Machine, versions, time", "", *_circumstances(results)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(_wrapped(line) for line in lines) + "\n"
+
+
+def _wrapped(line: str) -> str:
+    """Wrap prose; tables, figures and what was written by hand stay as they are."""
+    return line if "\n" in line or line.startswith(("|", "#", "![")) else wrapped(line)
 
 
 def _verdicts(results: Sequence[Result]) -> list[str]:
@@ -66,7 +72,7 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
     hypotheses = list(dict.fromkeys(name for found in made.values() for name in found))
     columns = ["direction reported in the paper", *made]
     body = [
-        [name, *(found[name].verdict if name in found else "not asked" for found in made.values())]
+        [name, *(found[name].verdict if name in found else "nothing to compare" for found in made.values())]
         for name in hypotheses
     ]
     lines = table(columns, body)
@@ -74,7 +80,8 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
         "",
         "agrees: on average and in at least three quarters of the cases; does not agree: not on average and "
         "in at most a quarter; mixed: anything else. The cases are fine-tuned checkpoints (recipe and seed), "
-        "points of curves, or pools.",
+        "points of curves, or pools. Numbers keep the measure's own direction: of bits per byte, a minus is "
+        "a gain.",
     ]
     for track, found in made.items():
         lines += ["", f"**{track}**", "", *(f"- {finding.sentence}" for finding in found.values())]
@@ -96,20 +103,27 @@ def _track(result: Result, figures: Sequence[str]) -> list[str]:
     for recipe in full_recipes(result):
         lines += ["", f"### {recipe}", "", f"Over seeds {', '.join(map(str, result['seeds']))}.", ""]
         lines += tables.of_recipe(result, recipe)
-    lines += [
-        "",
-        "### Wise-FT with and without MonoSoup",
-        "",
-        *tables.curves(result),
-        "",
-        tables.at_equal_id(result),
-    ]
+    lines += ["", "### Wise-FT with and without MonoSoup", "", *tables.curves(result)]
     if lora_recipes(result):
         lines += ["", "### LoRA", "", *tables.of_adapters(result)]
     if result["pools"]:
-        lines += ["", "### Soups", *tables.pools(result), "", "### Who keeps which candidate"]
+        lines += ["", "### Soups", *_over_seeds(result), *tables.pools(result)]
+        lines += ["", "### Who keeps which candidate"]
         lines += tables.decisions(result)
     return [*lines, *_images(figures)]
+
+
+def _over_seeds(result: Result) -> list[str]:
+    rows = tables.soups_over_seeds(result)
+    if not rows:
+        return []
+    return [
+        "",
+        "The recipes of one seed make one pool. Means ± standard deviations over these pools; changes are "
+        "paired with the best single checkpoint; members of each pool's soup in the order of the seeds.",
+        "",
+        *rows,
+    ]
 
 
 def _recipes(result: Result) -> list[str]:
@@ -129,7 +143,8 @@ def _thresholds(results: Sequence[Result]) -> list[str]:
         "",
         "as greedy: how many decisions on candidates, the first left out, are those of greedy soup, over "
         "all pools; kept: candidates kept, the first left out. The scores' differences are means over the "
-        "pools, in the measure's own direction.",
+        "pools, in the measure's own direction. Pools share checkpoints, so their decisions are not "
+        "independent.",
         "",
         f"Closest to greedy soup: {', '.join(f'{t:g}' for t in best)}, with {same} of {asked} decisions.",
     ]
@@ -150,7 +165,7 @@ def _paper(file: Path) -> list[str]:
         body = [
             [f"{m}, {method}", *(found.get(x, "") for x in metrics)] for (m, method), found in cells.items()
         ]
-        sources = ", ".join(dict.fromkeys(f"<{row['source']}>" for row in rows))
+        sources = ", ".join(dict.fromkeys(_linked(row["source"]) for row in rows))
         lines += ["", f"### {name}", "", *table(["model, method", *metrics], body), "", f"Source: {sources}"]
     for title, key in (("Findings without numbers", "findings"), ("Not found", "not_found")):
         lines += ["", f"### {title}", "", *(f"- {_finding(item)}" for item in paper.get(key, []))]
@@ -158,7 +173,11 @@ def _paper(file: Path) -> list[str]:
 
 
 def _finding(item: Any) -> str:
-    return item if isinstance(item, str) else f"{item['what']} (<{item['source']}>)"
+    return item if isinstance(item, str) else f"{item['what']} ({_linked(item['source'])})"
+
+
+def _linked(source: str) -> str:
+    return f"<{source}>" if source.startswith("https://") else source
 
 
 def _circumstances(results: Sequence[Result]) -> list[str]:

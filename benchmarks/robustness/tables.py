@@ -8,7 +8,6 @@ from benchmarks.robustness.evidence import pool_agreement
 from benchmarks.robustness.markdown import Scale, table
 from benchmarks.robustness.summary import (
     Result,
-    above_wise_ft,
     differences,
     full_recipes,
     id_of,
@@ -18,19 +17,18 @@ from benchmarks.robustness.summary import (
     rows_of,
 )
 
-MAIN = ("fine-tuned", "monosoup", "wise-ft", "monosoup-wise-ft", "lines")
-_SINGLE = ("fine-tuned", "monosoup", "ablation", "lines")
+_FULL = ("fine-tuned", "monosoup", "ablation", "wise-ft", "monosoup-wise-ft", "lines")
 
 
 def overview(result: Result) -> list[str]:
     """Return every method over all full fine-tunes: ID, mean OOD, and what changes against fine-tuned."""
-    methods = ["base", *labels(result, (*MAIN, "ablation"))]
+    methods = ["base", *labels(result, _FULL)]
     return _of_methods(result, methods, full_recipes(result), shifts=False)
 
 
 def of_recipe(result: Result, recipe: str) -> list[str]:
     """Return every method for one recipe, with each shift."""
-    methods = ["base", *labels(result, (*MAIN, "ablation"), [recipe])]
+    methods = ["base", *labels(result, _FULL, [recipe])]
     return _of_methods(result, methods, [recipe], shifts=True)
 
 
@@ -87,18 +85,30 @@ def curves(result: Result) -> list[str]:
     return table(columns, body)
 
 
-def at_equal_id(result: Result) -> str:
-    """Return one sentence on the two curves at equal ID."""
-    scale, found = Scale(result), above_wise_ft(result)
-    if not found:
-        return "No point of MonoSoup's curves lies at an ID that Wise-FT's curve reaches."
-    sign = 1 if result["higher_is_better"] else -1
-    above = sum(value > 0 for value in found)
-    mean = scale.change(sign * sum(found) / len(found))
-    return (
-        f"At equal ID, read off Wise-FT's curve between its points, {above} of the {len(found)} comparable "
-        f"points of MonoSoup's curves have the better mean OOD; the mean difference is {mean} {scale.points}."
-    )
+def soups_over_seeds(result: Result) -> list[str]:
+    """Return every soup over the pools of one seed each; nothing where there is but one such pool."""
+    named = {f"seed {seed}" for seed in result["seeds"]}
+    found = [pool for pool in result["pools"] if pool["pool"] in named]
+    if len(found) < 2:
+        return []
+    scale = Scale(result)
+    by_method: dict[str, list[Result]] = {}
+    for pool in found:
+        by_threshold = [{**d, "method": f"SFGS, threshold {d['threshold']:g}"} for d in pool["sfgs"]]
+        for row in [*pool["rows"], *by_threshold]:
+            by_method.setdefault(row["method"], []).append(row)
+    single = [row["scores"] for row in by_method["best single"]]
+    body = []
+    for method, rows in by_method.items():
+        scores = [row["scores"] for row in rows]
+        cells = [method, ", ".join(str(len(row["taken"])) for row in rows)]
+        cells += [scale.plain([of(result, s) for s in scores]) for of in (id_of, ood_of)]
+        for of in (id_of, ood_of):
+            pairs = zip(scores, single, strict=True)
+            less = [of(result, mine) - of(result, best) for mine, best in pairs]
+            cells.append("" if method == "best single" else scale.signed(less))
+        body.append(cells)
+    return table(["soup", "members", "ID", "mean OOD", "ID, change", "mean OOD, change"], body)
 
 
 def pools(result: Result) -> list[str]:
@@ -106,8 +116,8 @@ def pools(result: Result) -> list[str]:
     scale = Scale(result)
     lines = []
     for pool in result["pools"]:
-        counts = "" if pool["pool"] == "all" else f" of {pool['pool']}"
-        lines += ["", f"Pool: all {len(pool['members'])} full fine-tunes{counts}.", ""]
+        which = "" if pool["pool"] == "all" else f" of {pool['pool']}"
+        lines += ["", f"Pool: all {len(pool['members'])} full fine-tunes{which}.", ""]
         columns = ["soup", "members", "validation", "ID", "mean OOD", *result["shifts"]]
         rows = [*pool["rows"], *_soups_by_sfgs(pool)]
         body = []
