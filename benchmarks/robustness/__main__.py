@@ -22,7 +22,7 @@ import click
 
 from benchmarks.robustness.jobs import JobError, run_jobs
 from benchmarks.robustness.store import Store, write_json
-from benchmarks.robustness.tracks import TRACKS, versions
+from benchmarks.robustness.tracks import TRACKS, package_stamp, track_stamp, versions
 
 HERE = Path(__file__).resolve().parent
 
@@ -93,7 +93,8 @@ def _run(names: tuple[str, ...], short: bool, work: Path, workers: int, out: Pat
             "jobs done in this run, all tracks": fresh,
             "workers": workers,
         }
-        content |= {"machine": described, "versions": versions(), "seconds": seconds}
+        code = {"package": package_stamp(), "track": track_stamp(plan.track.name, short)}
+        content |= {"machine": described, "versions": versions(), "code": code, "seconds": seconds}
         write_json(out / "results" / f"{plan.track.name}.json", json.loads(json.dumps(content)))
 
 

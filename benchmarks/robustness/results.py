@@ -5,6 +5,7 @@
     seeds      [int]
     parameters int, of the model
     machine, versions, data (the track's data card)
+    code       {package, track}: digests of what was run
     seconds    {work, wall of the whole command, jobs done in this run, all tracks, workers}
     base       {scores}
     rows       [{recipe, seed, method, family, alpha, scores, seconds}]
