@@ -50,6 +50,17 @@ def best_thresholds(results: Sequence[Result]) -> tuple[list[float], int, int]:
     return [t for t, same in zip(thresholds, agreed, strict=True) if same == best], best, asked
 
 
+def refused(results: Sequence[Result]) -> dict[float, int]:
+    """Return for each threshold how many candidates that greedy soup keeps SFGS refuses, over all pools."""
+    pools = [pool for result in results for pool in result["pools"]]
+    return {
+        threshold: sum(
+            len(set(pool["greedy"]["taken"]) - set(pool["sfgs"][index]["taken"])) for pool in pools
+        )
+        for index, threshold in enumerate(_thresholds(results))
+    }
+
+
 def _thresholds(results: Sequence[Result]) -> list[float]:
     return [decision["threshold"] for decision in results[0]["pools"][0]["sfgs"]]
 

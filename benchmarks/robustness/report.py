@@ -138,6 +138,8 @@ def _thresholds(results: Sequence[Result]) -> list[str]:
     if not with_pools:
         return ["No pools."]
     best, same, asked = evidence.best_thresholds(with_pools)
+    refused = evidence.refused(with_pools)
+    harmless = [f"{threshold:g}" for threshold, count in refused.items() if count == 0]
     return [
         *evidence.threshold_table(with_pools),
         "",
@@ -146,7 +148,9 @@ def _thresholds(results: Sequence[Result]) -> list[str]:
         "pools, in the measure's own direction. Pools share checkpoints, so their decisions are not "
         "independent.",
         "",
-        f"Closest to greedy soup: {', '.join(f'{t:g}' for t in best)}, with {same} of {asked} decisions.",
+        f"Closest to greedy soup: {', '.join(f'{t:g}' for t in best)}, with {same} of {asked} decisions. "
+        f"Refusing nothing that greedy soup keeps: {', '.join(harmless) or 'none'}; others refuse "
+        f"{', '.join(f'{count} ({threshold:g})' for threshold, count in refused.items() if count) or 'nothing'}.",
     ]
 
 
