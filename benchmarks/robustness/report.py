@@ -139,7 +139,8 @@ def _thresholds(results: Sequence[Result]) -> list[str]:
         return ["No pools."]
     best, same, asked = evidence.best_thresholds(with_pools)
     refused = evidence.refused(with_pools)
-    harmless = [f"{threshold:g}" for threshold, count in refused.items() if count == 0]
+    harmless = ", ".join(f"{threshold:g}" for threshold, count in refused.items() if count == 0)
+    others = ", ".join(f"{count} at {threshold:g}" for threshold, count in refused.items() if count)
     return [
         *evidence.threshold_table(with_pools),
         "",
@@ -149,8 +150,7 @@ def _thresholds(results: Sequence[Result]) -> list[str]:
         "independent.",
         "",
         f"Closest to greedy soup: {', '.join(f'{t:g}' for t in best)}, with {same} of {asked} decisions. "
-        f"Refusing nothing that greedy soup keeps: {', '.join(harmless) or 'none'}; others refuse "
-        f"{', '.join(f'{count} ({threshold:g})' for threshold, count in refused.items() if count) or 'nothing'}.",
+        f"Candidates that greedy soup keeps and SFGS refuses: none at {harmless or '–'}; {others or 'none'}.",
     ]
 
 
