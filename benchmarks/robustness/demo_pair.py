@@ -39,7 +39,7 @@ LICENCES = {
     "NumPy, SciPy, scikit-learn and PyTorch (BSD-3-Clause)",
     "python": "source code of Python's standard library without its docstrings (PSF-2.0)",
     "headers": "C and C++ headers of PyTorch (BSD-3-Clause) and of Python (PSF-2.0)",
-    "licences": "licence texts themselves, quoted in part; their holders permit verbatim copies",
+    "licences": "licence texts themselves, quoted in part",
     "tables": "breast cancer, digits, iris and wine of the UCI Machine Learning Repository (CC BY 4.0), as "
     "scikit-learn (BSD-3-Clause) brings them along",
 }

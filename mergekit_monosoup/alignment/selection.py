@@ -10,8 +10,9 @@ from torch import Tensor
 
 Layers = Literal["matrices", "all"]
 
-# arXiv 2602.09689 names no threshold; this one asks that a candidate does not oppose the soup.
-DEFAULT_THRESHOLD = 0.0
+# arXiv 2602.09689 names no threshold. The largest one that, in benchmarks/robustness/RESULTS.md, refuses no
+# checkpoint that a greedy soup with held-out data keeps.
+DEFAULT_THRESHOLD = 0.4
 
 # Share of the members' squared norms below which a soup's update has cancelled: what is left is
 # the rounding of float32 inner products.
