@@ -296,9 +296,13 @@ def _apply(update: MatrixUpdate, out: Tensor, whole: float, part: float, basis: 
 
 
 def _edited_block(block: Block, whole: float, part: float, basis: Tensor | None) -> Tensor:
-    value = block.delta * whole
-    if block.base is not None:
-        value += block.base
+    base, delta = block.base, block.delta
+    del block
+    value = delta * whole
+    if base is not None:
+        value += base
+        # Its memory serves the products.
+        del base
     if basis is not None:
-        add_projection(value, block.delta, basis, part)
+        add_projection(value, delta, basis, part)
     return value

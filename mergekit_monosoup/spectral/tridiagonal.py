@@ -91,23 +91,31 @@ class TornEigen:
 
     def vectors(self, start: int, stop: int) -> Any:
         """Return eigenvectors `start` to `stop` in ascending order, float32 `[n, stop - start]`."""
-        n, chosen = len(self._order), self._ascending[start:stop]
-        inner = np.zeros((n, len(chosen)), np.float32, order="F")
+        chosen, middle = self._ascending[start:stop], len(self._upper)
+        # One row a vector and one array a half, which BLAS reads without a copy.
+        halves = [np.zeros((len(chosen), len(half)), np.float32) for half in (self._upper, self._lower)]
         rows = self._order[self._kept]
+        above = rows < middle
         for column, index in enumerate(chosen):
             if index < len(self._kept):
-                inner[rows, column] = self._update.vector(index)
+                vector = self._update.vector(index)
+                halves[0][column, rows[above]] = vector[above]
+                halves[1][column, rows[~above] - middle] = vector[~above]
             else:
-                inner[self._order[self._alone[index - len(self._kept)]], column] = 1.0
+                _row(halves, self._order[self._alone[index - len(self._kept)]])[column] = 1.0
         for last, i, c, s in reversed(self._rotations):
-            a, b = self._order[last], self._order[i]
-            above, below = inner[a].copy(), inner[b].copy()
-            inner[a], inner[b] = c * above - s * below, s * above + c * below
-        middle = self._upper.shape[0]
-        found = np.empty((n, len(chosen)), np.float32, order="F")
-        found[:middle] = blas.sgemm(1.0, self._upper, np.asfortranarray(inner[:middle]))
-        found[middle:] = blas.sgemm(1.0, self._lower, np.asfortranarray(inner[middle:]))
+            x, y = (_row(halves, self._order[index]) for index in (last, i))
+            x[:], y[:] = c * x - s * y, s * x + c * y
+        lower = blas.sgemm(1.0, self._lower, halves.pop().T)
+        upper = blas.sgemm(1.0, self._upper, halves.pop().T)
+        found = np.empty((len(self._order), len(chosen)), np.float32, order="F")
+        found[:middle], found[middle:] = upper, lower
         return found
+
+
+def _row(halves: list[Any], index: int) -> Any:
+    middle = halves[0].shape[1]
+    return halves[0][:, index] if index < middle else halves[1][:, index - middle]
 
 
 class _Secular:
