@@ -69,7 +69,7 @@ def test_equals_the_reference_in_other_dtypes(dtype):
     base = base_tensors(dtype)
     tuned = relatives(base, SHARES[5], size=0.3)
     if dtype == torch.float64:
-        _, decision = soup(base, tuned)
+        _, decision = soup(base, tuned, threshold=0.0)
         assert decision.taken == {i + 1 for i in sfgs(arrays(base), [arrays(t) for t in tuned], 0.0)[0]}
     else:
         check(base, tuned, 0.0)

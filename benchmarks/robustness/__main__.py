@@ -85,7 +85,7 @@ def _run(names: tuple[str, ...], short: bool, work: Path, workers: int, out: Pat
     except KeyboardInterrupt:
         click.echo("\nInterrupted; the same command goes on from here.", err=True)
         sys.exit(130)
-    for plan in plans.values():
+    for name, plan in plans.items():
         content = study.result(plan, done)
         seconds = {
             "work": sum(done[job].seconds for job in plan.jobs()),
@@ -93,7 +93,7 @@ def _run(names: tuple[str, ...], short: bool, work: Path, workers: int, out: Pat
             "jobs done in this run, all tracks": fresh,
             "workers": workers,
         }
-        code = {"package": package_stamp(), "track": track_stamp(plan.track.name, short)}
+        code = {"package": package_stamp(), "track": track_stamp(name, short)}
         content |= {"machine": described, "versions": versions(), "code": code, "seconds": seconds}
         write_json(out / "results" / f"{plan.track.name}.json", json.loads(json.dumps(content)))
 

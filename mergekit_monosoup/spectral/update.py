@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-# Entries of a block: a megabyte stays in the processor's cache, and is a fraction of any matrix that is
+# Entries of a block: less than a megabyte stays in the cache, and is a fraction of any matrix that is
 # worth cutting up; an accelerator wants larger launches.
-_CPU_BLOCK = 1 << 18
+_CPU_BLOCK = 7 << 15
 _DEVICE_BLOCK = 1 << 26
 _SAMPLED_LINES = 64
 
@@ -97,7 +97,7 @@ class MatrixUpdate:
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield the (start, stop) of each block along the longer side."""
         entries = _CPU_BLOCK if self.device.type == "cpu" else _DEVICE_BLOCK
-        step = max(256, entries // max(1, self.small))
+        step = max(192, entries // max(1, self.small))
         for start in range(0, self.long, step):
             yield start, min(start + step, self.long)
 
