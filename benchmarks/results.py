@@ -132,10 +132,14 @@ def _machines(results: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _escaped(cell: Any) -> str:
+    return shown(cell).replace("|", "\\|")
+
+
 def markdown(columns: Any, rows: Any) -> list[str]:
     """Return a Markdown table."""
-    body = [f"| {' | '.join(shown(cell) for cell in row)} |" for row in rows]
-    return [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns), *body]
+    body = [f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in rows]
+    return [f"| {' | '.join(map(_escaped, columns))} |", "|" + " --- |" * len(columns), *body]
 
 
 if __name__ == "__main__":
