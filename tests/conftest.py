@@ -43,6 +43,21 @@ def family(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="session")
+def family_pair(tmp_path_factory):
+    """family_pair(key): base and fine-tuned checkpoint of a family of `families`, written once a session."""
+    from families import BY_KEY, write_pair
+
+    written = {}
+
+    def get(key):
+        if key not in written:
+            written[key] = write_pair(BY_KEY[key], tmp_path_factory.mktemp(key))
+        return written[key]
+
+    return get
+
+
 @pytest.fixture
 def fresh_loaders():
     """A merge that knows nothing of the files of the tests before it."""

@@ -11,24 +11,11 @@ import torch
 from checkpoints import copy_with_tensors, edit_config, load_tensors
 from click.testing import CliRunner
 from commands import forget_loaders, recipe, write_config
-from families import BY_KEY, write_pair
 from mergekit.architecture.json_definitions import NAME_TO_ARCH
 from transformers import AutoModelForImageClassification
 
 pytestmark = pytest.mark.usefixtures("registered", "one_thread")
 OPTIONS = ("--no-copy-tokenizer", "--no-write-model-card", "--quiet")
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    written = {}
-
-    def get(key):
-        if key not in written:
-            written[key] = write_pair(BY_KEY[key], tmp_path_factory.mktemp(key))
-        return written[key]
-
-    return get
 
 
 def merge(folder, config, *options):
@@ -50,9 +37,9 @@ def with_buffers(folder, target):
     return copy_with_tensors(folder, target, tensors | extra), set(tensors), set(extra)
 
 
-def test_tensors_that_only_the_base_has_are_named(tmp_path, pairs, caplog):
+def test_tensors_that_only_the_base_has_are_named(tmp_path, family_pair, caplog):
     """GPT-2's published files hold attention masks that transformers no longer writes."""
-    base, tuned = pairs("gpt-2")
+    base, tuned = family_pair("gpt-2")
     base, names, extra = with_buffers(base, tmp_path / "base")
     with caplog.at_level(logging.WARNING):
         result = merge(tmp_path, recipe(base, tuned))
@@ -61,8 +48,8 @@ def test_tensors_that_only_the_base_has_are_named(tmp_path, pairs, caplog):
     assert all(name in caplog.text for name in extra)
 
 
-def test_tensors_that_all_have_are_kept(tmp_path, pairs):
-    folders = [with_buffers(folder, tmp_path / folder.name) for folder in pairs("gpt-2")]
+def test_tensors_that_all_have_are_kept(tmp_path, family_pair):
+    folders = [with_buffers(folder, tmp_path / folder.name) for folder in family_pair("gpt-2")]
     result = merge(tmp_path, recipe(folders[0][0], folders[1][0]))
     assert result.exit_code == 0, result.output
     merged = load_tensors(tmp_path / "out")
@@ -70,8 +57,8 @@ def test_tensors_that_all_have_are_kept(tmp_path, pairs):
     assert torch.equal(merged["transformer.h.0.attn.bias"], torch.ones(1, 1, 4, 4).tril())
 
 
-def test_slices_are_left_to_mergekit(tmp_path, pairs):
-    base, tuned = (with_buffers(folder, tmp_path / folder.name)[0] for folder in pairs("gpt-2"))
+def test_slices_are_left_to_mergekit(tmp_path, family_pair):
+    base, tuned = (with_buffers(folder, tmp_path / folder.name)[0] for folder in family_pair("gpt-2"))
     sources = [{"model": str(folder), "layer_range": [0, 1]} for folder in (base, tuned)]
     config = {"merge_method": "monosoup", "base_model": str(base), "slices": [{"sources": sources}]}
     result = merge(tmp_path, config)
@@ -81,9 +68,9 @@ def test_slices_are_left_to_mergekit(tmp_path, pairs):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["n_layer"] == 1
 
 
-def test_bert_with_and_without_a_prefix(tmp_path, pairs):
+def test_bert_with_and_without_a_prefix(tmp_path, family_pair):
     """A published base with `bert.` and heads, an embedding model without either."""
-    base, tuned = pairs("bert-bertmodel-most-embedding-models")
+    base, tuned = family_pair("bert-bertmodel-most-embedding-models")
     tensors = {f"bert.{name}": tensor for name, tensor in load_tensors(base).items()}
     tensors |= {
         "cls.predictions.bias": torch.zeros(96),
@@ -99,8 +86,8 @@ def test_bert_with_and_without_a_prefix(tmp_path, pairs):
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
-def test_gradients_over_layers_that_are_taken_by_name(tmp_path, pairs):
-    base, tuned = pairs("vit-classification")
+def test_gradients_over_layers_that_are_taken_by_name(tmp_path, family_pair):
+    base, tuned = family_pair("vit-classification")
     result = merge(tmp_path, recipe(base, tuned, parameters={"alpha": [0, 1], "edit": False}))
     assert result.exit_code == 0, result.output
     merged, w0, w1 = (load_tensors(folder) for folder in (tmp_path / "out", base, tuned))
@@ -109,8 +96,8 @@ def test_gradients_over_layers_that_are_taken_by_name(tmp_path, pairs):
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_different_tensors_under_an_unknown_architecture_are_refused(tmp_path, pairs):
-    base, tuned = pairs("clip")
+def test_different_tensors_under_an_unknown_architecture_are_refused(tmp_path, family_pair):
+    base, tuned = family_pair("clip")
     tensors = load_tensors(tuned)
     del tensors["logit_scale"]
     tuned = copy_with_tensors(tuned, tmp_path / "tuned", tensors)
@@ -120,16 +107,16 @@ def test_different_tensors_under_an_unknown_architecture_are_refused(tmp_path, p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_config_without_a_class_is_refused(tmp_path, pairs):
-    base, tuned = pairs("clip")
+def test_a_config_without_a_class_is_refused(tmp_path, family_pair):
+    base, tuned = family_pair("clip")
     tuned = edit_config(copy_with_tensors(tuned, tmp_path / "t", load_tensors(tuned)), architectures=None)
     result = merge(tmp_path, recipe(base, tuned))
     assert result.exit_code == 1
     assert "names no class under architectures" in result.output
 
 
-def test_an_adapter_of_an_architecture_that_mergekit_infers(tmp_path, pairs):
-    base, _ = pairs("vit-classification")
+def test_an_adapter_of_an_architecture_that_mergekit_infers(tmp_path, family_pair):
+    base, _ = family_pair("vit-classification")
     model = AutoModelForImageClassification.from_pretrained(base)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"]))
     with torch.no_grad():

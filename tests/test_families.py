@@ -12,7 +12,7 @@ import torch
 from checkpoints import load_tensors
 from click.testing import CliRunner
 from commands import forget_loaders, invoke, recipe, write_config
-from families import BY_KEY, write_pair
+from families import BY_KEY
 from rounding import as_float64
 
 from mergekit_monosoup.planning.plan import PlanOptions, make_plan
@@ -23,18 +23,6 @@ pytestmark = pytest.mark.usefixtures("registered", "one_thread")
 
 ENERGY = 0.6
 QUIET = ("--no-copy-tokenizer", "--no-write-model-card", "--quiet")
-
-
-@pytest.fixture(scope="session")
-def pair(tmp_path_factory):
-    written = {}
-
-    def get(key):
-        if key not in written:
-            written[key] = write_pair(BY_KEY[key], tmp_path_factory.mktemp(key))
-        return written[key]
-
-    return get
 
 
 def merge_with_our_command(config, out, *options):
@@ -84,9 +72,9 @@ def assert_loads_and_equals_the_reference(family, out, base_folder, tuned_folder
 
 
 @pytest.mark.parametrize("key", BY_KEY)
-def test_our_command_takes_every_family(tmp_path, pair, key):
+def test_our_command_takes_every_family(tmp_path, family_pair, key):
     family = BY_KEY[key]
-    base, tuned = pair(key)
+    base, tuned = family_pair(key)
     config = write_config(tmp_path, recipe(base, tuned, parameters={"energy": ENERGY}))
     plan = make_plan(config.read_text(), PlanOptions(costs=False))
     assert not plan.problems.errors
@@ -102,10 +90,10 @@ def test_our_command_takes_every_family(tmp_path, pair, key):
 
 
 @pytest.mark.parametrize("key", BY_KEY)
-def test_stock_mergekit_yaml(tmp_path, pair, key, caplog):
+def test_stock_mergekit_yaml(tmp_path, family_pair, key, caplog):
     """What the table says of mergekit-yaml: complete, refused, or tensors lost and named."""
     family = BY_KEY[key]
-    base, tuned = pair(key)
+    base, tuned = family_pair(key)
     config = write_config(tmp_path, recipe(base, tuned, parameters={"energy": ENERGY}))
     with caplog.at_level(logging.WARNING):
         result = invoke("mergekit-yaml", config, tmp_path / "out", *QUIET)
@@ -128,9 +116,9 @@ def test_stock_mergekit_yaml(tmp_path, pair, key, caplog):
 
 
 @pytest.mark.parametrize("key", [k for k, f in BY_KEY.items() if f.stock != "complete"])
-def test_mergekit_pytorch_on_the_single_file_is_a_way_round(tmp_path, pair, key):
+def test_mergekit_pytorch_on_the_single_file_is_a_way_round(tmp_path, family_pair, key):
     family = BY_KEY[key]
-    base, tuned = (folder / "model.safetensors" for folder in pair(key))
+    base, tuned = (folder / "model.safetensors" for folder in family_pair(key))
     config = write_config(tmp_path, recipe(base, tuned, parameters={"energy": ENERGY}))
     result = invoke("mergekit-pytorch", config, tmp_path / "out")
     assert result.exception is None, result.exception

@@ -20,7 +20,6 @@ from pathlib import Path, PurePosixPath
 from .sources import Document, docstrings, installed_files, is_prose, located, source_files, strip_docstrings
 
 SPLITS = ("train", "validation", "test")
-DOMAINS = ("prose", "python", "headers", "licences", "tables")
 # One document ends, another begins. The byte occurs in no text and is the models' end-of-text token.
 END_OF_DOCUMENT = b"\0"
 # Without this much a domain can be neither learnt nor measured.

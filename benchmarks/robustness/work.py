@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
@@ -108,7 +109,7 @@ def greedy(task: Task) -> dict[str, Any]:
 
 def similarity(task: Task) -> dict[str, Any]:
     """Compare the blocks' outputs of merged models with those of base and fine-tuned one by linear CKA."""
-    from benchmarks.robustness.cka import linear_cka
+    from benchmarks.robustness.cka import cka_by_block
 
     track, base, tuned = _track(task), task.inputs["base"].folder, task.inputs["tuned"].folder
     known = {m.label: m for m in methods.of_one()}
@@ -121,9 +122,7 @@ def similarity(task: Task) -> dict[str, Any]:
             "method": label,
             "inputs": inputs,
             "to": to,
-            "values": [
-                float(linear_cka(x, y)) for x, y in zip(blocks[inputs], outputs[to][inputs], strict=True)
-            ],
+            "values": cka_by_block(blocks[inputs], outputs[to][inputs]),
         }
         for label, blocks in outputs.items()
         for inputs in ("id", "ood")
@@ -220,11 +219,4 @@ def _parameters(checkpoint: Path) -> int:
     from safetensors import safe_open
 
     with safe_open(checkpoint / "model.safetensors", "pt") as file:
-        return sum(_size(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-
-
-def _size(shape: list[int]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

@@ -34,12 +34,17 @@ class Sample:
     @property
     def numerical_rank(self) -> int:
         """Number of singular values above the noise of float32 products."""
-        noise = math.sqrt(torch.finfo(torch.float32).eps) * float(self.values[0])
-        return int((self.values > noise).sum())
+        return numerical_rank(self.values)
 
     def directions(self, q: int) -> Tensor:
         """Return the leading q right singular directions, float64 `[small, q]`."""
         return self._lines.double().T @ (self._left[:, :q] / self.values[:q])
+
+
+def numerical_rank(values: Tensor) -> int:
+    """Return how many singular values `[q]`, descending, stand above the noise of float32 products."""
+    noise = math.sqrt(torch.finfo(torch.float32).eps) * float(values[0])
+    return int((values > noise).sum())
 
 
 def sample(update: MatrixUpdate) -> Sample | None:

@@ -27,7 +27,7 @@ from mergekit_monosoup.spectral.certify import (
 from mergekit_monosoup.spectral.eigen import DenseEigen, VectorSource, by_tridiagonal_form, decomposed
 from mergekit_monosoup.spectral.precision import full_float32
 from mergekit_monosoup.spectral.products import GramSum
-from mergekit_monosoup.spectral.sample import sample
+from mergekit_monosoup.spectral.sample import numerical_rank, sample
 from mergekit_monosoup.spectral.split import split_index
 from mergekit_monosoup.spectral.update import MatrixUpdate
 
@@ -102,8 +102,7 @@ def decompose(
             first = _by_gram(update, torch.float32, energy)
             if first is None or first.certain:
                 return first
-            noise = math.sqrt(torch.finfo(torch.float32).eps) * float(first.singular_values[0])
-            q = int((first.singular_values > noise).sum())
+            q = numerical_rank(first.singular_values)
             if 0 < q <= _LOW_RANK * update.small:
                 factored = _by_factor(update, first.basis(q)[0].double(), energy)
                 if factored is not None:

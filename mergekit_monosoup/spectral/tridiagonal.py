@@ -96,11 +96,12 @@ class TornEigen:
         halves = [np.zeros((len(chosen), len(half)), np.float32) for half in (self._upper, self._lower)]
         rows = self._order[self._kept]
         above = rows < middle
+        upper_rows, lower_rows = rows[above], rows[~above] - middle
         for column, index in enumerate(chosen):
             if index < len(self._kept):
                 vector = self._update.vector(index)
-                halves[0][column, rows[above]] = vector[above]
-                halves[1][column, rows[~above] - middle] = vector[~above]
+                halves[0][column, upper_rows] = vector[above]
+                halves[1][column, lower_rows] = vector[~above]
             else:
                 _row(halves, self._order[self._alone[index - len(self._kept)]])[column] = 1.0
         for last, i, c, s in reversed(self._rotations):
