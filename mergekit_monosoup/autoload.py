@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 OPT_OUT_VARIABLE = "MERGEKIT_MONOSOUP_AUTOLOAD"
+PACKAGE = "mergekit"
 TARGET = "mergekit.merge_methods"
 
 
@@ -45,7 +46,11 @@ class _Finder:
         path: "Sequence[str] | None" = None,
         target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
-        if fullname != TARGET or opted_out():
+        if opted_out():
+            return None
+        if fullname == PACKAGE:
+            _prepare()
+        if fullname != TARGET:
             return None
         for finder in _after(self):
             find_spec = getattr(finder, "find_spec", None)
@@ -91,6 +96,17 @@ def _after(finder: _Finder) -> "list[object]":
     """Return the finders that the import system would ask after `finder`."""
     finders: list[object] = list(sys.meta_path)
     return finders[finders.index(finder) + 1 :] if finder in finders else finders
+
+
+def _prepare() -> None:
+    """Say how long idle threads of BLAS may spin, which must be known before mergekit brings scipy."""
+    try:
+        # Imports the standard library alone.
+        from mergekit_monosoup.spectral import idle
+
+        idle.let_threads_sleep()
+    except Exception:  # noqa: BLE001 - what is wrong here will be told when the methods are registered
+        pass
 
 
 def _register() -> None:

@@ -10,6 +10,8 @@ import venv
 from collections.abc import Iterable
 from pathlib import Path
 
+from mergekit_monosoup.spectral import idle
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mergekit_monosoup"
 STARTUP = ROOT / "startup"
@@ -39,7 +41,8 @@ class Environment:
         self, *arguments: str | Path, cwd: Path | None = None, **variables: str
     ) -> subprocess.CompletedProcess[str]:
         """Run this environment's Python in a fresh process, away from the settings of this one."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k != OPT_OUT}
+        ours = (OPT_OUT, idle.VARIABLE)
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k not in ours}
         return subprocess.run(
             [str(self.python), *map(str, arguments)],
             cwd=cwd or self.folder,

@@ -59,7 +59,7 @@ WIDE = ["common part", "graded rows", "graded columns", "heavy tails", "sparse",
 def gram_values(dw, dtype=torch.float32, reduced=torch.float64):
     """Singular values and their doubt from the Gram matrix, as the package forms it."""
     gram = GramSum(dw.shape[1], dtype, dw.device)
-    gram.add(dw.to(dtype))
+    gram.add([dw.to(dtype)])
     diagonal = gram.diagonal()
     eigen = decomposed(gram.take(reduced))
     values = eigen.values.flip(0).clamp(min=0).sqrt()
@@ -224,7 +224,7 @@ def test_the_subspace_error_is_below_what_is_estimated(kind, rows, columns, redu
     _, s, right = torch.linalg.svd(exact, full_matrices=False)
     for energy in (None, 0.5, 0.9, 0.99):
         gram = GramSum(columns, torch.float32, dw.device)
-        gram.add(dw)
+        gram.add([dw])
         diagonal = gram.diagonal()
         # Only flat spectra are reduced in float32 where the result is kept in it.
         kept = reduced == torch.float64 or gram.participation() > 0.1

@@ -82,7 +82,7 @@ def test_the_block_size_changes_roundings_only(shape, monkeypatch):
     w0, w1 = pair(*shape)
     whole, record = edit_weight(w0, [w1])
     monkeypatch.setattr(update_module, "_CPU_BLOCK", 1)
-    assert len(list(MatrixUpdate(w0, [w1]).spans())) == 6
+    assert len(list(MatrixUpdate(w0, [w1]).spans())) == 9
     cut, of_cut = edit_weight(w0, [w1])
     assert of_cut.k == record.k
     assert of_cut.lambda_low == pytest.approx(record.lambda_low, abs=2e-6)

@@ -24,8 +24,8 @@ from mergekit_monosoup.report.measure import tensor_record
 from mergekit_monosoup.report.recorder import Recorder, close_files, is_recording, new_header, send
 from mergekit_monosoup.report.rounding import sample
 from mergekit_monosoup.report.schema import Action
+from mergekit_monosoup.spectral.crew import at_work
 from mergekit_monosoup.spectral.edit import EditRecord
-from mergekit_monosoup.spectral.products import one_torch_thread
 
 LOG = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def note(
         return
     defaults = {parameter.name: parameter.default for parameter in spec.parameters}
     # The threads of the edit's BLAS are still spinning: more of torch's would only wait for them.
-    with one_torch_thread(group.base.tensor.device):
+    with at_work(group.base.tensor.device):
         record = tensor_record(
             name,
             group.base.tensor,

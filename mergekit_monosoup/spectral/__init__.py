@@ -6,6 +6,8 @@ imported on first use: the matrix view serves plans as well, which do without to
 
 from typing import TYPE_CHECKING
 
+from mergekit_monosoup.spectral.idle import let_threads_sleep
+
 if TYPE_CHECKING:
     from mergekit_monosoup.spectral.edit import (
         EditOptions,
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     )
     from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
     from mergekit_monosoup.spectral.split import effective_rank, energy_rank, split_index
+
+# Before anything in this room brings scipy.
+let_threads_sleep()
 
 __all__ = [
     "Coefficients",

@@ -18,9 +18,10 @@ from mergekit_monosoup.spectral.batch import (
     batches,
     stacked_update,
 )
+from mergekit_monosoup.spectral.crew import at_work, crew
 from mergekit_monosoup.spectral.matrix import MatrixView, ViewKind, choose_view
 from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
-from mergekit_monosoup.spectral.products import add_projection, one_torch_thread
+from mergekit_monosoup.spectral.products import add_projection
 from mergekit_monosoup.spectral.spectrum import Backend, decompose
 from mergekit_monosoup.spectral.split import effective_rank, split_index
 from mergekit_monosoup.spectral.update import Block, MatrixUpdate
@@ -216,7 +217,7 @@ def _edit_stack(
             records += _edit_batch(w0, [t[part] for t in tuned], weights, out[part], options)
         return records
     by_svd = options.spectrum == "svd" or tuned[0].dtype == torch.float64
-    with nullcontext() if by_svd else one_torch_thread(out.device):
+    with nullcontext() if by_svd else at_work(out.device):
         return [
             _edit_matrix(
                 MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights),
@@ -290,19 +291,19 @@ def _copy_base(update: MatrixUpdate, out: Tensor) -> None:
 
 def _apply(update: MatrixUpdate, out: Tensor, whole: float, part: float, basis: Tensor | None) -> None:
     """Write base + whole * dW + part * dW basis basis^T, block by block."""
-    for start, stop in update.spans():
-        # In a function of its own: nothing of one block outlives it.
-        update.write(out, start, stop, _edited_block(update.block(start, stop), whole, part, basis))
+
+    def write(span: tuple[int, int]) -> None:
+        update.write(out, *span, _edited_block(update.block(*span), whole, part, basis))
+
+    crew().map(write, update.spans())
 
 
 def _edited_block(block: Block, whole: float, part: float, basis: Tensor | None) -> Tensor:
     base, delta = block.base, block.delta
-    del block
-    value = delta * whole
-    if base is not None:
-        value += base
-        # Its memory serves the products.
-        del base
+    if base is None:
+        value = delta * whole
+    else:
+        value = torch.add(base, delta, alpha=whole, out=base if block.base_is_copy else None)
     if basis is not None:
         add_projection(value, delta, basis, part)
     return value

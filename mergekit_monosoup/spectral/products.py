@@ -1,15 +1,10 @@
-"""The matrix products of an edit: BLAS by way of scipy on the CPU, torch elsewhere.
-
-On the CPU the decomposition is LAPACK's, whose worker threads keep spinning for a while after each call.
-torch's own threads would fight with them for the cores (measured: up to twice the time on two cores), so
-that products are left to the same library, which also knows the half of a symmetric product, and what
-is left to torch runs on one thread meanwhile: conversions, which wait for memory anyway.
-"""
+"""The matrix products of an edit: by a crew of threads on the CPU, by torch elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,22 +12,14 @@ import torch
 from scipy.linalg import blas
 from torch import Tensor
 
-# Blocks whose products are summed in the dtype of the blocks.
-_SECTION = 16
+from mergekit_monosoup.spectral.compiled import add_square, gemm
+from mergekit_monosoup.spectral.crew import crew
 
-
-@contextmanager
-def one_torch_thread(device: torch.device) -> Iterator[None]:
-    """Keep torch to one thread while BLAS and LAPACK have the cores; nothing changes off the CPU."""
-    if device.type != "cpu":
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+# Rows whose products are summed in the dtype of the blocks.
+_SECTION = 4096
+# Products that are summed before they are added to the others. Libraries sum up to 400 in a row, depending on
+# the processor, and the error of a sum grows with the root of its length: `certify` relies on no more.
+_CHAIN = 160
 
 
 class GramSum:
@@ -50,36 +37,58 @@ class GramSum:
     def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
         self._half = device.type == "cpu"
         self._total: Any = None
-        self._blocks = 0
+        self._rows = 0
         self.sections = 1
         if self._half:
-            self._syrk = blas.dsyrk if dtype == torch.float64 else blas.ssyrk
             self._sum: Any = np.zeros((n, n), np.float64 if dtype == torch.float64 else np.float32, order="F")
         else:
             self._sum = torch.zeros(n, n, dtype=dtype, device=device)
 
-    def add(self, block: Tensor) -> None:
-        """Add block^T block, `block` being `[length, n]`."""
-        if self._blocks == _SECTION:
-            self._flush()
-        self._blocks += 1
+    def add(self, blocks: Sequence[Tensor]) -> None:
+        """Add block^T block of some blocks `[length, n]`, in their order."""
         if not self._half:
-            self._sum.addmm_(block.T, block)
+            for block in blocks:
+                self._count(len(block))
+                self._sum.addmm_(block.T, block)
             return
-        operand, transposed = _in_fortran_order(block)
-        # C = A A^T without, A^T A with `trans`; a transposed view is block^T already.
-        self._sum = self._syrk(
-            1.0, operand, beta=1.0, c=self._sum, trans=1 - transposed, lower=1, overwrite_c=1
-        )
+        arrays = [block.numpy() for block in blocks]
+        self._count(sum(map(len, arrays)))
+        crew().map(lambda part: self._add_part(arrays, *part), self._parts())
+
+    def _count(self, rows: int) -> None:
+        if self._rows + rows > _SECTION and self._rows > 0:
+            self._flush()
+        self._rows += rows
+
+    def _parts(self) -> list[tuple[int, int]]:
+        """Cut the columns so that their halves below the diagonal are of the same size."""
+        n, size = len(self._sum), crew().size
+        edges = [round(n * (1 - math.sqrt(1 - i / size))) for i in range(size + 1)]
+        return list(pairwise(edges))
+
+    def _add_part(self, arrays: list[Any], start: int, stop: int) -> None:
+        for array in arrays:
+            for first in range(0, len(array), _CHAIN):
+                rows = array[first : first + _CHAIN]
+                add_square(rows[:, start:stop].T, self._sum[start:stop, start:stop])
+                if stop < len(self._sum):
+                    gemm(1.0, rows[:, stop:].T, rows[:, start:stop], 1.0, self._sum[stop:, start:stop])
 
     def _flush(self) -> None:
-        if self._total is None:
-            self._total = self._sum.astype(np.float64) if self._half else self._sum.double()
+        if self._half:
+            if self._total is None:
+                self._total = np.zeros_like(self._sum, dtype=np.float64)
+            crew().map(self._flush_part, self._parts())
         else:
-            self._total += self._sum
-        self._sum[:] = 0
-        self._blocks = 0
+            self._total = self._sum.double() if self._total is None else self._total.add_(self._sum)
+            self._sum.zero_()
+        self._rows = 0
         self.sections += 1
+
+    def _flush_part(self, part: tuple[int, int]) -> None:
+        lower = slice(part[0], None), slice(*part)
+        self._total[lower] += self._sum[lower]
+        self._sum[lower] = 0
 
     def diagonal(self) -> Tensor:
         """Return the squared norms of the n columns, float64 on the CPU."""
@@ -130,17 +139,7 @@ def add_projection(value: Tensor, delta: Tensor, basis: Tensor, factor: float) -
     if value.device.type != "cpu":
         value.addmm_(delta @ basis, basis.T, alpha=factor)
         return
-    gemm = blas.dgemm if value.dtype == torch.float64 else blas.sgemm
-    b = np.asfortranarray(basis.numpy())
-    operand, transposed = _in_fortran_order(delta)
-    target, _ = _in_fortran_order(value)
-    if transposed:
-        gemm(factor, b, gemm(1.0, b, operand, trans_a=1), beta=1.0, c=target, overwrite_c=1)
-    else:
-        gemm(factor, gemm(1.0, operand, b), b, trans_b=1, beta=1.0, c=target, overwrite_c=1)
-
-
-def _in_fortran_order(block: Tensor) -> tuple[Any, int]:
-    """Return an array that BLAS reads without a copy, and whether it is the transpose of the block."""
-    array = block.numpy()
-    return (array.T, 1) if array.flags.c_contiguous else (array, 0)
+    d, b = delta.numpy(), basis.numpy()
+    inner = np.empty((len(d), b.shape[1]), d.dtype, order="C" if d.flags.c_contiguous else "F")
+    gemm(1.0, d, b, 0.0, inner)
+    gemm(factor, inner, b.T, 1.0, value.numpy())

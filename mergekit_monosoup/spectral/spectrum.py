@@ -24,6 +24,7 @@ from mergekit_monosoup.spectral.certify import (
     subspace_is_certain,
     subspace_tolerance,
 )
+from mergekit_monosoup.spectral.crew import crew
 from mergekit_monosoup.spectral.eigen import DenseEigen, VectorSource, by_tridiagonal_form, decomposed
 from mergekit_monosoup.spectral.precision import full_float32
 from mergekit_monosoup.spectral.products import GramSum
@@ -39,6 +40,11 @@ _SAFE = {torch.float32: (1e-28, 1e34), torch.float64: (1e-280, 1e280)}
 # result is rounded coarsely enough, for float32 to reduce the Gram matrix to tridiagonal form.
 _FLAT = 0.1
 _ROUGH = 3e-4
+# Ratio of the sides from which the smallest singular values are well above zero, unless the spectrum is
+# steep. In a square matrix some drown in a float32 reduction, and k is in doubt every other time.
+_OBLONG = 1.25
+# Blocks that each thread converts before all of them multiply: waiting for each other costs time.
+_BLOCKS_EACH = 2
 # Numerical rank, as a share of the smaller side, up to which an update is treated through a factor.
 _LOW_RANK = 1 / 8
 
@@ -149,7 +155,10 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
     single = (
         dtype == torch.float32
         and by_tridiagonal_form(int(live.sum()), update.device)
-        and (subspace_tolerance(hidden) >= _ROUGH or gram.participation() > _FLAT)
+        and (
+            gram.participation() > _FLAT
+            or (subspace_tolerance(hidden) >= _ROUGH and update.long >= _OBLONG * update.small)
+        )
     )
     reduced = torch.float32 if single else torch.float64
     total = gram.take(reduced)
@@ -170,10 +179,14 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
 
 
 def _accumulated(update: MatrixUpdate, dtype: torch.dtype, scale: float) -> GramSum:
-    gram = GramSum(update.small, dtype, update.device)
-    for span in update.spans():
+    def scaled(span: tuple[int, int]) -> Tensor:
         delta = update.block(*span, dtype=dtype).delta
-        gram.add(delta if scale == 1 else delta * scale)
+        return delta if scale == 1 else delta * scale
+
+    gram = GramSum(update.small, dtype, update.device)
+    spans, size = list(update.spans()), _BLOCKS_EACH * crew().size
+    for start in range(0, len(spans), size):
+        gram.add(crew().map(scaled, spans[start : start + size]))
     return gram
 
 
@@ -189,20 +202,25 @@ def _by_factor(update: MatrixUpdate, rough: Tensor, energy: float | None) -> Spe
         rough: `[small, q]`, float64, about the span of Q.
         energy: R of the split, None for the effective rank.
     """
+
     # One step of subspace iteration: float32 vectors leave up to 1e-5 of dW outside their span.
-    powered = torch.zeros_like(rough)
-    for span in update.spans():
+    def powered(span: tuple[int, int]) -> Tensor:
         delta = update.block(*span, dtype=torch.float64).delta
-        powered += delta.T @ (delta @ rough)
-    leading, _ = torch.linalg.qr(powered)
-    gram = leading.new_zeros(leading.shape[1], leading.shape[1])
-    rest = 0.0
-    for span in update.spans():
+        return delta.T @ (delta @ rough)
+
+    leading, _ = torch.linalg.qr(crew().sum(powered, update.spans()))
+
+    def projected(span: tuple[int, int]) -> Tensor:
+        """Return the Gram matrix of the factor, and behind it ||R||_F^2."""
         delta = update.block(*span, dtype=torch.float64).delta
         factor = delta @ leading
-        gram += factor.T @ factor
-        rest += float((delta - factor @ leading.T).square().sum())
-    eigen = DenseEigen(gram)
+        rest = (delta - factor @ leading.T).square().sum()
+        return torch.cat([(factor.T @ factor).flatten(), rest[None]])
+
+    *_, q = leading.shape
+    sums = crew().sum(projected, update.spans())
+    rest = float(sums[-1])
+    eigen = DenseEigen(sums[:-1].view(q, q))
     found = eigen.values.flip(0).clamp(min=0).sqrt()
     others = update.small - rough.shape[1]
     padded = torch.cat([found, found.new_zeros(others)])

@@ -10,18 +10,24 @@ import torch
 from torch import Tensor
 
 # Entries of a block: less than a megabyte stays in the cache, and is a fraction of any matrix that is
-# worth cutting up; an accelerator wants larger launches.
-_CPU_BLOCK = 7 << 15
+# worth cutting up; of a large matrix two megabytes are less, and products of them a little faster. An
+# accelerator wants larger launches.
+_CPU_BLOCK, _LARGE_CPU_BLOCK = 5 << 15, 1 << 19
+_LARGE_SHARE = 64
 _DEVICE_BLOCK = 1 << 26
 _SAMPLED_LINES = 64
 
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of W0 (None for a bare update) and of dW, `[length, small]`, in float32 or float64."""
+    """A piece of W0 (None for a bare update) and of dW, `[length, small]`, in float32 or float64.
+
+    `base_is_copy` says that the piece of W0 may be overwritten.
+    """
 
     base: Tensor | None
     delta: Tensor
+    base_is_copy: bool
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,10 @@ class MatrixUpdate:
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield the (start, stop) of each block along the longer side."""
-        entries = _CPU_BLOCK if self.device.type == "cpu" else _DEVICE_BLOCK
-        step = max(192, entries // max(1, self.small))
+        entries = _DEVICE_BLOCK
+        if self.device.type == "cpu":
+            entries = min(_LARGE_CPU_BLOCK, max(_CPU_BLOCK, self.long * self.small // _LARGE_SHARE))
+        step = max(128, entries // max(1, self.small))
         for start in range(0, self.long, step):
             yield start, min(start + step, self.long)
 
@@ -119,9 +127,10 @@ class MatrixUpdate:
             raise ValueError("an update needs at least one fine-tuned tensor")
         # The layout decides on the order of sums: strided inputs must not give other last digits.
         delta = delta.contiguous()
+        copied = self.base is not None and self.base.dtype != dtype
         if self.long_axis == 1:
-            return Block(base if base is None else base.T, delta.T)
-        return Block(base, delta)
+            return Block(base if base is None else base.T, delta.T, copied)
+        return Block(base, delta, copied)
 
     def write(self, out: Tensor, start: int, stop: int, value: Tensor) -> None:
         """Round `value` `[length, small]` once into its place in `out` `[rows, columns]`."""
