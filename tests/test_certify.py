@@ -16,7 +16,7 @@ from mergekit_monosoup.spectral.certify import (
     is_certain,
     product_error,
     reduction_error,
-    subspace_is_certain,
+    subspace_error,
     subspace_tolerance,
 )
 from mergekit_monosoup.spectral.eigen import decomposed
@@ -199,6 +199,10 @@ def test_a_drowned_tail_that_decides_is_not_certain():
         )
 
 
+def subspace_is_certain(values, diagonal, error, k, reduction=0.0, hidden=0.0, settled=0):
+    return subspace_error(values, diagonal, error, k, reduction, settled) <= subspace_tolerance(hidden)
+
+
 def test_subspaces_need_a_gap():
     values = spectrum("linear")
     diagonal = torch.ones(200).double() * values.square().mean()
@@ -208,6 +212,11 @@ def test_subspaces_need_a_gap():
     assert subspace_is_certain(values, diagonal, product_error(torch.float64), 100)
     values[100] = values[99]
     assert not subspace_is_certain(values, diagonal, product_error(torch.float64), 100)
+    # Neighbours of the split that float64 tells apart afterwards: all but equal ones.
+    assert not subspace_is_certain(values, diagonal, product_error(torch.float32), 100, settled=8)
+    values[100] = values[99] * (1 - 1e-7)
+    assert subspace_is_certain(values, diagonal, product_error(torch.float32), 100, settled=8)
+    assert not subspace_is_certain(values, diagonal, 1e3 * product_error(torch.float32), 100, settled=8)
     # Without a low side there is nothing to separate.
     assert subspace_is_certain(values, diagonal, product_error(torch.float32), len(values))
 

@@ -150,15 +150,35 @@ def test_a_tie_without_noise_needs_no_svd():
     assert torch.equal(edited, dw)
 
 
-@pytest.mark.parametrize(("gap", "backend"), [(1e-2, "gram32"), (1e-6, "gram64")])
-def test_a_small_gap_at_the_split_asks_for_float64(gap, backend):
-    """k and the coefficients are certain here, the vectors on both sides of the split are not."""
-    s = spectra.singular_values("linear", 300)
-    s[100:] *= s[99] * (1 - gap) / s[100]
+@pytest.mark.parametrize("gap", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("shape", [(400, 300), (300, 400), (90, 60)], ids=str)
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_a_small_gap_at_the_split_is_told_apart_in_float64(gap, shape, share):
+    """k and the coefficients are certain here, the vectors on both sides of the split are not in float32."""
+    count = min(shape)
+    k = round(share * count)
+    s = spectra.singular_values("linear", count)
+    s[k:] *= s[k - 1] * (1 - gap) / s[k]
     rng = np.random.default_rng(0)
-    dw = (spectra.orthonormal(rng, 400, 300) * s) @ spectra.orthonormal(rng, 300, 300).T
+    dw = (spectra.orthonormal(rng, shape[0], count) * s[:count]) @ spectra.orthonormal(rng, shape[1], count).T
     kept = np.cumsum(s**2) / np.sum(s**2)
-    assert assert_agrees(torch.from_numpy(dw).float(), float(kept[98:100].mean())) == backend
+    dw = torch.from_numpy(dw).float()
+    assert spectra.exact(dw, float(kept[k - 2 : k].mean()))[1]["k"] == k
+    assert assert_agrees(dw, float(kept[k - 2 : k].mean())) == "gram32"
+
+
+def test_columns_that_are_not_touched_take_no_part_when_neighbours_are_told_apart():
+    rng = np.random.default_rng(0)
+    s = spectra.singular_values("linear", 300)
+    s[100:] *= s[99] * (1 - 1e-6) / s[100]
+    dw = torch.zeros(450, 330)
+    rows, columns = torch.arange(0, 450, 9), torch.arange(5, 330, 11)
+    inner = (spectra.orthonormal(rng, 400, 300) * s) @ spectra.orthonormal(rng, 300, 300).T
+    kept_rows = torch.ones(450, dtype=torch.bool).index_fill(0, rows, False)
+    kept_columns = torch.ones(330, dtype=torch.bool).index_fill(0, columns, False)
+    dw[kept_rows[:, None] & kept_columns] = torch.from_numpy(inner).float().flatten()
+    kept = np.cumsum(s**2) / np.sum(s**2)
+    assert assert_agrees(dw, float(kept[98:100].mean())) == "gram32"
 
 
 @pytest.mark.parametrize("shape", [(400, 300), (90, 60)], ids=str)

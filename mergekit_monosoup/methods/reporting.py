@@ -89,7 +89,7 @@ def note(
     if not is_recording(report):
         return
     defaults = {parameter.name: parameter.default for parameter in spec.parameters}
-    # The threads of the edit's BLAS are still spinning: more of torch's would only wait for them.
+    # torch's own threads would still be spinning when the next edit begins.
     with at_work(group.base.tensor.device):
         record = tensor_record(
             name,

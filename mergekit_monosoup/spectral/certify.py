@@ -86,7 +86,7 @@ def gram_doubt(values: Tensor, diagonal: Tensor, error: float, reduction: float 
 
 
 def subspace_tolerance(hidden: float) -> float:
-    """Return the largest error of the subspace that is let through, as `subspace_is_certain` estimates it.
+    """Return the largest error of the subspace that is let through, as `subspace_error` estimates it.
 
     Args:
         hidden: eps of the result's dtype times ||W0|| / ||dW||, 0 where the result is not rounded further.
@@ -94,14 +94,14 @@ def subspace_tolerance(hidden: float) -> float:
     return max(_SUBSPACE_ERROR, min(_LARGEST_SUBSPACE_ERROR, _HIDDEN_BY_ROUNDING * hidden))
 
 
-def subspace_is_certain(
-    values: Tensor, diagonal: Tensor, error: float, k: int, reduction: float = 0.0, hidden: float = 0.0
-) -> bool:
-    """Say whether the leading subspace is known well enough for the edit.
+def subspace_error(
+    values: Tensor, diagonal: Tensor, error: float, k: int, reduction: float = 0.0, settled: int = 0
+) -> float:
+    """Return an estimate, on the safe side, of ||(P' - P) dW||_F / ||dW||_F for the leading subspace.
 
     A perturbation with entries e turns direction i into j by e / (l_i - l_j), and the projected update
     by s_i times that; over all pairs on different sides of the split, the sum of squares bounds
-    ||(P' - P) dW||_F^2 to first order (Davis & Kahan, 1970).
+    ||(P' - P) dW||_F^2 to first order (Davis & Kahan, 1970). It is compared with `subspace_tolerance`.
 
     Args:
         values: singular values `[q]`, descending, float64.
@@ -109,19 +109,28 @@ def subspace_is_certain(
         error: of the entries of the Gram matrix, see `product_error`.
         k: the split.
         reduction: see `reduction_error`.
-        hidden: see `subspace_tolerance`.
+        settled: directions on each side of the split that are told apart in float64 afterwards.
     """
     if k == len(values):
-        return True
+        return 0.0
     squares = values.square()
-    entry = error * float(diagonal.mean()) + reduction
-    moved = 0.0
+    mean = float(diagonal.mean())
+    moved = _moved(squares[:k], squares[k:], error * mean + reduction)
+    if settled:
+        near = squares[max(0, k - settled) : k], squares[k : k + settled]
+        moved -= _moved(*near, error * mean + reduction)
+        moved += _moved(*near, product_error(torch.float64) * mean)
+    return math.sqrt(max(0.0, moved) / float(squares.sum()))
+
+
+def _moved(leading: Tensor, others: Tensor, entry: float) -> float:
+    total = 0.0
     # A few rows of all pairs at a time: the pairs are as many as the entries of the Gram matrix.
-    for leading in torch.split(squares[:k], _PAIRED):
-        gaps = leading[:, None] - squares[None, k:]
+    for some in torch.split(leading, _PAIRED):
+        gaps = some[:, None] - others
         turns = (entry / gaps.clamp(min=entry)).square()
-        moved += float((turns * (leading[:, None] + squares[None, k:])).sum())
-    return math.sqrt(moved / float(squares.sum())) <= subspace_tolerance(hidden)
+        total += float((turns * (some[:, None] + others)).sum())
+    return total
 
 
 def _root_error(values: Tensor, error: float) -> Tensor:

@@ -64,9 +64,12 @@ class Crew:
 
         with _ONE_BLAS_THREAD:
             helpers = [self._pool.submit(help_out) for _ in range(min(self.size, len(tasks)) - 1)]
+            # What the function maps in its turn is done by its own thread.
+            token = _CURRENT.set(_ALONE)
             try:
                 work()
             finally:
+                _CURRENT.reset(token)
                 for helper in helpers:
                     helper.result()
         return results

@@ -26,6 +26,10 @@ from mergekit_monosoup.spectral.spectrum import Backend, decompose
 from mergekit_monosoup.spectral.split import effective_rank, split_index
 from mergekit_monosoup.spectral.update import Block, MatrixUpdate
 
+# Entries up to which each thread takes a matrix of a stack for itself: no thread waits for another, and the
+# scratch memory of several is no matter.
+_ONE_EACH = 1 << 23
+
 
 @dataclass(frozen=True)
 class MatrixRecord:
@@ -218,14 +222,13 @@ def _edit_stack(
         return records
     by_svd = options.spectrum == "svd" or tuned[0].dtype == torch.float64
     with nullcontext() if by_svd else at_work(out.device):
-        return [
-            _edit_matrix(
-                MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights),
-                out[i],
-                options,
-            )
-            for i in range(len(out))
-        ]
+
+        def edit(i: int) -> MatrixRecord | None:
+            update = MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights)
+            return _edit_matrix(update, out[i], options)
+
+        one_each = len(out) >= crew().size and out[0].numel() <= _ONE_EACH
+        return crew().map(edit, range(len(out))) if one_each else [edit(i) for i in range(len(out))]
 
 
 def _edit_batch(

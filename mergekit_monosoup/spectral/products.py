@@ -16,7 +16,7 @@ from mergekit_monosoup.spectral.compiled import add_square, gemm
 from mergekit_monosoup.spectral.crew import crew
 
 # Rows whose products are summed in the dtype of the blocks.
-_SECTION = 4096
+_SECTION = 8192
 # Products that are summed before they are added to the others. Libraries sum up to 400 in a row, depending on
 # the processor, and the error of a sum grows with the root of its length: `certify` relies on no more.
 _CHAIN = 160

@@ -21,7 +21,7 @@ from mergekit_monosoup.spectral.certify import (
     is_certain,
     product_error,
     reduction_error,
-    subspace_is_certain,
+    subspace_error,
     subspace_tolerance,
 )
 from mergekit_monosoup.spectral.crew import crew
@@ -43,6 +43,8 @@ _ROUGH = 3e-4
 # Ratio of the sides from which the smallest singular values are well above zero, unless the spectrum is
 # steep. In a square matrix some drown in a float32 reduction, and k is in doubt every other time.
 _OBLONG = 1.25
+# Ratio from which products take so much longer that a float64 reduction does not count.
+_LONG = 8
 # Blocks that each thread converts before all of them multiply: waiting for each other costs time.
 _BLOCKS_EACH = 2
 # Numerical rank, as a share of the smaller side, up to which an update is treated through a factor.
@@ -77,11 +79,16 @@ class Spectrum:
         # is known in full.
         complement = q == int(self._live.sum()) and q - k < k
         part = self._eigen.vectors(0, q - k) if complement else self._eigen.vectors(q - k, q)
-        if q == len(self._live):
-            return part, complement
-        whole = part.new_zeros(len(self._live), part.shape[1])
-        whole[self._live.to(part.device)] = part
-        return whole, complement
+        return _among_all(part, self._live), complement
+
+
+def _among_all(vectors: Tensor, live: Tensor) -> Tensor:
+    """Return vectors of the columns that the update touches as vectors of all columns."""
+    if len(vectors) == len(live):
+        return vectors
+    whole = vectors.new_zeros(len(live), vectors.shape[1])
+    whole[live.to(vectors.device)] = vectors
+    return whole
 
 
 def decompose(
@@ -157,7 +164,7 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
         and by_tridiagonal_form(int(live.sum()), update.device)
         and (
             gram.participation() > _FLAT
-            or (subspace_tolerance(hidden) >= _ROUGH and update.long >= _OBLONG * update.small)
+            or (subspace_tolerance(hidden) >= _ROUGH and _OBLONG <= update.long / update.small <= _LONG)
         )
     )
     reduced = torch.float32 if single else torch.float64
@@ -171,11 +178,15 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
     del total
     values = eigen.values.flip(0).clamp(min=0).sqrt()
     reduction = reduction_error(values, diagonal, reduced)
-    certain = is_certain(
-        values, gram_doubt(values, diagonal, error, reduction), energy
-    ) and subspace_is_certain(values, diagonal, error, split_index(values, energy), reduction, hidden)
+    certain = is_certain(values, gram_doubt(values, diagonal, error, reduction), energy)
+    source: VectorSource = eigen
+    if certain:
+        k, tolerance = split_index(values, energy), subspace_tolerance(hidden)
+        if subspace_error(values, diagonal, error, k, reduction) > tolerance:
+            source = _Settled(eigen, update, live, len(values) - k, len(values))
+            certain = subspace_error(values, diagonal, error, k, reduction, source.width) <= tolerance
     name = "gram32" if dtype == torch.float32 else "gram64"
-    return Spectrum(values / scale, name, certain, eigen, live)
+    return Spectrum(values / scale, name, certain, source, live)
 
 
 def _accumulated(update: MatrixUpdate, dtype: torch.dtype, scale: float) -> GramSum:
@@ -267,6 +278,47 @@ class _Rotated:
 
     def vectors(self, start: int, stop: int) -> Tensor:
         return self._span @ self._eigen.vectors(start, stop)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """Eigenvectors on one side of a split; those next to it found again from the update itself.
+
+    Directions whose singular values are close turn into each other by the smallest of errors. Within the span
+    of a few on both sides of the split, whose outer neighbours are far, they are told apart by the update
+    in float64 (Rayleigh & Ritz).
+
+    `split` and `size` are the numbers of directions below the split and in all.
+    """
+
+    _eigen: VectorSource
+    _update: MatrixUpdate
+    _live: Tensor
+    split: int
+    size: int
+    width: int = 16
+
+    def vectors(self, start: int, stop: int) -> Tensor:
+        low, high = max(0, self.split - self.width), min(self.size, self.split + self.width)
+        below = start < self.split
+        first, last = (0, high) if below else (low, self.size)
+        found = self._eigen.vectors(first, last)
+        near = slice(low - first, high - first)
+        found[:, near] = self._told_apart(found[:, near])
+        return found[:, start - first : stop - first]
+
+    def _told_apart(self, vectors: Tensor) -> Tensor:
+        # Orthogonal to float32 alone, they would be mixed as before.
+        basis, _ = torch.linalg.qr(vectors.double())
+        within = _among_all(basis, self._live)
+
+        def square(span: tuple[int, int]) -> Tensor:
+            seen = self._update.block(*span, dtype=torch.float64).delta @ within
+            return seen.T @ seen
+
+        _, turn = torch.linalg.eigh(crew().sum(square, self._update.spans()))
+        told: Tensor = (basis @ turn).to(vectors.dtype)
+        return told
 
 
 def _finite_peak(update: MatrixUpdate) -> float:
