@@ -16,6 +16,7 @@ from mergekit_monosoup.spectral import EditRecord, edit_weight
 INPUTS = [("gaussian", torch.bfloat16), ("gaussian", torch.float32), ("tuned", torch.bfloat16)]
 SIDE = 2048
 COPIED = 1 << 26
+REPEATS = 10
 
 
 def main() -> None:
@@ -92,7 +93,7 @@ def _edits(kind: str, dtype: torch.dtype, yardsticks: _Yardsticks, quick: bool) 
         def edit(base: torch.Tensor = base, tuned: torch.Tensor = tuned) -> None:
             edit_weight(base, [tuned])
 
-        best = in_turn({"edit": edit, **yardsticks.functions}, 2 if quick else 5)
+        best = in_turn({"edit": edit, **yardsticks.functions}, 2 if quick else REPEATS)
         yardsticks.take(best)
         found.append(_Edit(name, count, rows, columns, best["edit"], record))
     return found

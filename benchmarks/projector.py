@@ -18,6 +18,7 @@ from cases import pair
 from common import Table, in_turn
 from scipy.linalg import blas, lapack
 
+from mergekit_monosoup.spectral.crew import at_work
 from mergekit_monosoup.spectral.eigen import TridiagonalEigen
 from mergekit_monosoup.spectral.split import split_index
 
@@ -112,8 +113,9 @@ def _projector(gram: np.ndarray, k: int) -> tuple[np.ndarray, int, float]:
 
 def _basis(gram: np.ndarray, k: int) -> torch.Tensor:
     n = len(gram)
-    eigen = TridiagonalEigen(torch.from_numpy(gram.copy(order="F").T))
-    return eigen.vectors(0, n - k) if n - k < k else eigen.vectors(n - k, n)
+    with at_work(torch.device("cpu")):
+        eigen = TridiagonalEigen(torch.from_numpy(gram.copy(order="F").T))
+        return eigen.vectors(0, n - k) if n - k < k else eigen.vectors(n - k, n)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def test_what_threads_do_is_seen(scientific, exponent, sleep):
 
 def test_benchmarks_import_the_package_before_scipy():
     """Otherwise they would measure what a merge does not do."""
-    for name in ("spectral", "floor", "growth", "memory"):
+    for name in ("spectral", "floor", "growth", "memory", "projector"):
         text = (ROOT / "benchmarks" / f"{name}.py").read_text("utf-8")
         if "from scipy" in text:
             assert text.index("from cases import") < text.index("from scipy")

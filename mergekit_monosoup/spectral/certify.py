@@ -23,6 +23,7 @@ _DROWNED = 1.0
 # Householder's reduction in the dtype of the product errs, in the part of the spectrum that decides, like
 # the geometric mean of the largest and the mean eigenvalue; half an eps of it is twice what was measured.
 _REDUCTION = 0.5
+_TURNED = 0.05
 # Largest estimate of ||(P' - P) dW||_F / ||dW||_F, P' being mixed across the split by rounding. The
 # estimate is on the safe side: the largest entry of the error is about a seventh of it, in max |dW|.
 _SUBSPACE_ERROR = 1e-4
@@ -60,6 +61,19 @@ def product_error(dtype: torch.dtype, sections: int = 1) -> float:
 def reduction_error(values: Tensor, diagonal: Tensor, dtype: torch.dtype) -> float:
     """Return the error that reducing a Gram matrix to tridiagonal form in `dtype` adds to each entry."""
     return _REDUCTION * float(torch.finfo(dtype).eps * values[0] * diagonal.mean().sqrt())
+
+
+def expected_subspace_error(n: int, participation: float) -> float:
+    """Return about what `subspace_error` will say after a reduction in float32, neighbours being settled.
+
+    The reduction errs like sqrt(lambda_1 / mean), which is at most (n / participation)^(1/4), and directions
+    that are n times closer turn n times as easily. Decides on time alone.
+
+    Args:
+        n: side of the Gram matrix.
+        participation: (sum_i l_i)^2 / (n sum_i l_i^2) of its eigenvalues.
+    """
+    return float(_TURNED * torch.finfo(torch.float32).eps * n * (n / participation) ** 0.25)
 
 
 def gram_doubt(values: Tensor, diagonal: Tensor, error: float, reduction: float = 0.0) -> Doubt:

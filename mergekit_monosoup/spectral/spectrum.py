@@ -17,6 +17,7 @@ from torch import Tensor
 from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.spectral.certify import (
     Doubt,
+    expected_subspace_error,
     gram_doubt,
     is_certain,
     product_error,
@@ -36,10 +37,9 @@ Backend = Literal["auto", "gram", "svd"]
 
 # Sums of squares outside this range are formed again from scaled entries.
 _SAFE = {torch.float32: (1e-28, 1e34), torch.float64: (1e-280, 1e280)}
-# Participation ratio from which a spectrum is flat enough, and tolerance of the subspace from which the
-# result is rounded coarsely enough, for float32 to reduce the Gram matrix to tridiagonal form.
+# Participation ratio from which a spectrum is flat enough for float32 to reduce the Gram matrix to
+# tridiagonal form. Where it is not, the result must be rounded so coarsely that the error is hidden.
 _FLAT = 0.1
-_ROUGH = 3e-4
 # Ratio of the sides from which the smallest singular values are well above zero, unless the spectrum is
 # steep. In a square matrix some drown in a float32 reduction, and k is in doubt every other time.
 _OBLONG = 1.25
@@ -162,10 +162,7 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
     single = (
         dtype == torch.float32
         and by_tridiagonal_form(int(live.sum()), update.device)
-        and (
-            gram.participation() > _FLAT
-            or (subspace_tolerance(hidden) >= _ROUGH and _OBLONG <= update.long / update.small <= _LONG)
-        )
+        and _float32_reduces(update, gram.participation(), hidden)
     )
     reduced = torch.float32 if single else torch.float64
     total = gram.take(reduced)
@@ -187,6 +184,14 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
             certain = subspace_error(values, diagonal, error, k, reduction, source.width) <= tolerance
     name = "gram32" if dtype == torch.float32 else "gram64"
     return Spectrum(values / scale, name, certain, source, live)
+
+
+def _float32_reduces(update: MatrixUpdate, participation: float, hidden: float) -> bool:
+    """Say whether float32 may be expected to do for the reduction of the Gram matrix to tridiagonal form."""
+    if participation > _FLAT:
+        return True
+    oblong = _OBLONG <= update.long / update.small <= _LONG
+    return oblong and expected_subspace_error(update.small, participation) <= subspace_tolerance(hidden)
 
 
 def _accumulated(update: MatrixUpdate, dtype: torch.dtype, scale: float) -> GramSum:
