@@ -113,7 +113,7 @@ def _projector(gram: np.ndarray, k: int) -> tuple[np.ndarray, int, float]:
 
 def _basis(gram: np.ndarray, k: int) -> torch.Tensor:
     n = len(gram)
-    with at_work(torch.device("cpu")):
+    with at_work(torch.device("cpu"), gram.size):
         eigen = TridiagonalEigen(torch.from_numpy(gram.copy(order="F").T))
         return eigen.vectors(0, n - k) if n - k < k else eigen.vectors(n - k, n)
 

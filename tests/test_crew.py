@@ -26,7 +26,7 @@ def threads(request):
 
 
 def test_results_come_in_the_order_of_the_items(threads):
-    with at_work(CPU):
+    with at_work(CPU, 1 << 20):
         assert crew().size == threads
         assert crew().map(lambda i: i * i, range(40)) == [i * i for i in range(40)]
         assert crew().sum(lambda i: i, range(1, 11)) == 55
@@ -36,7 +36,7 @@ def test_results_come_in_the_order_of_the_items(threads):
 
 def test_all_threads_work_at_a_time(threads):
     barrier = threading.Barrier(threads)
-    with at_work(CPU):
+    with at_work(CPU, 1 << 20):
         crew().map(lambda _: barrier.wait(timeout=20), range(threads))
 
 
@@ -45,7 +45,7 @@ def test_an_error_reaches_the_caller_and_settings_come_back(threads):
         if i == 7:
             raise ValueError("seven")
 
-    with pytest.raises(ValueError, match="seven"), at_work(CPU):
+    with pytest.raises(ValueError, match="seven"), at_work(CPU, 1 << 20):
         crew().map(fail, range(20))
     assert torch.get_num_threads() == threads
     assert crew().size == 1
@@ -63,7 +63,7 @@ _POOLS = _pools()
 
 
 def test_modes_of_torch_are_those_of_the_caller(threads):
-    with torch.inference_mode(), at_work(CPU):
+    with torch.inference_mode(), at_work(CPU, 1 << 20):
         modes = crew().map(lambda _: (torch.is_inference_mode_enabled(), torch.is_grad_enabled()), range(9))
     assert all(inference and not grad for inference, grad in modes)
 
@@ -143,7 +143,7 @@ def test_the_sums_of_a_gram_matrix_are_short(threads):
     """What `certify` allows for rounding does not depend on how the library of a processor sums."""
     block = 100 + torch.randn(1500, 300, generator=torch.Generator().manual_seed(0))
     gram = GramSum(300, torch.float32, CPU)
-    with at_work(CPU):
+    with at_work(CPU, 1 << 20):
         gram.add([block[:700], block[700:]])
     exact = (block.double().T @ block.double()).numpy()
     error = np.tril(gram.take().numpy().T - exact)[np.tril_indices(300)]

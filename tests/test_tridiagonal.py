@@ -143,7 +143,7 @@ def test_vectors_do_not_depend_on_the_number_of_threads(threads, dtype):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with at_work(gram.device):
+        with at_work(gram.device, 1 << 20):
             eigen = TridiagonalEigen(gram.clone())
             vectors = eigen.vectors(100, 300).double()
     finally:

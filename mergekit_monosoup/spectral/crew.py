@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, TypeVar
@@ -20,6 +20,9 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 from mergekit_monosoup.spectral.idle import threads_sleep
+
+# Entries of a tensor for which a further thread is worth its while.
+_SHARE = 1 << 16
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -108,18 +111,31 @@ def with_blas_threads(worthwhile: bool) -> Iterator[None]:
 
 
 @contextmanager
-def at_work(device: torch.device) -> Iterator[None]:
-    """Call a crew as large as torch's number of threads and keep torch to one; off the CPU, do nothing."""
-    size = torch.get_num_threads()
-    if device.type != "cpu" or size == 1:
+def one_torch_thread(device: torch.device) -> Iterator[None]:
+    """Keep torch to one thread; off the CPU, do nothing."""
+    with _ONE_TORCH_THREAD if device.type == "cpu" else nullcontext():
         yield
-        return
-    with _ONE_TORCH_THREAD, ThreadPoolExecutor(size - 1, "edit", _begin) as pool:
-        token = _CURRENT.set(Crew(pool, size))
-        try:
+
+
+@contextmanager
+def at_work(device: torch.device, entries: int) -> Iterator[None]:
+    """Call a crew as large as torch's number of threads and keep torch to one; off the CPU, do nothing.
+
+    Args:
+        device: where the matrices lie.
+        entries: of the tensor: small ones are no work for many.
+    """
+    size = min(torch.get_num_threads(), entries // _SHARE) if device.type == "cpu" else 1
+    with one_torch_thread(device):
+        if size <= 1:
             yield
-        finally:
-            _CURRENT.reset(token)
+            return
+        with ThreadPoolExecutor(size - 1, "edit", _begin) as pool:
+            token = _CURRENT.set(Crew(pool, size))
+            try:
+                yield
+            finally:
+                _CURRENT.reset(token)
 
 
 def _begin() -> None:

@@ -28,7 +28,7 @@ from mergekit_monosoup.spectral.update import Block, MatrixUpdate
 
 # Entries up to which each thread takes a matrix of a stack for itself: no thread waits for another, and the
 # scratch memory of several is no matter.
-_ONE_EACH = 1 << 23
+_ONE_EACH = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _edit_stack(
             records += _edit_batch(w0, [t[part] for t in tuned], weights, out[part], options)
         return records
     by_svd = options.spectrum == "svd" or tuned[0].dtype == torch.float64
-    with nullcontext() if by_svd else at_work(out.device):
+    with nullcontext() if by_svd else at_work(out.device, out.numel()):
 
         def edit(i: int) -> MatrixRecord | None:
             update = MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights)

@@ -30,6 +30,7 @@ from mergekit_monosoup.spectral.eigen import DenseEigen, VectorSource, by_tridia
 from mergekit_monosoup.spectral.precision import full_float32
 from mergekit_monosoup.spectral.products import GramSum
 from mergekit_monosoup.spectral.sample import numerical_rank, sample
+from mergekit_monosoup.spectral.sources import Known, Rotated, Settled, among_all
 from mergekit_monosoup.spectral.split import split_index
 from mergekit_monosoup.spectral.update import MatrixUpdate
 
@@ -79,16 +80,7 @@ class Spectrum:
         # is known in full.
         complement = q == int(self._live.sum()) and q - k < k
         part = self._eigen.vectors(0, q - k) if complement else self._eigen.vectors(q - k, q)
-        return _among_all(part, self._live), complement
-
-
-def _among_all(vectors: Tensor, live: Tensor) -> Tensor:
-    """Return vectors of the columns that the update touches as vectors of all columns."""
-    if len(vectors) == len(live):
-        return vectors
-    whole = vectors.new_zeros(len(live), vectors.shape[1])
-    whole[live.to(vectors.device)] = vectors
-    return whole
+        return among_all(part, self._live), complement
 
 
 def decompose(
@@ -180,7 +172,7 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
     if certain:
         k, tolerance = split_index(values, energy), subspace_tolerance(hidden)
         if subspace_error(values, diagonal, error, k, reduction) > tolerance:
-            source = _Settled(eigen, update, live, len(values) - k, len(values))
+            source = Settled(eigen, update, live, len(values) - k, len(values))
             certain = subspace_error(values, diagonal, error, k, reduction, source.width) <= tolerance
     name = "gram32" if dtype == torch.float32 else "gram64"
     return Spectrum(values / scale, name, certain, source, live)
@@ -233,7 +225,7 @@ def _by_factor(update: MatrixUpdate, rough: Tensor, energy: float | None) -> Spe
         rest = (delta - factor @ leading.T).square().sum()
         return torch.cat([(factor.T @ factor).flatten(), rest[None]])
 
-    *_, q = leading.shape
+    q = leading.shape[1]
     sums = crew().sum(projected, update.spans())
     rest = float(sums[-1])
     eigen = DenseEigen(sums[:-1].view(q, q))
@@ -249,7 +241,7 @@ def _by_factor(update: MatrixUpdate, rough: Tensor, energy: float | None) -> Spe
     if not is_certain(padded, Doubt(left_out, torch.zeros_like(padded)), energy):
         return None
     everywhere = torch.ones(update.small, dtype=torch.bool)
-    return Spectrum(found, "factor", True, _Rotated(leading, eigen), everywhere)
+    return Spectrum(found, "factor", True, Rotated(leading, eigen), everywhere)
 
 
 def _by_svd(update: MatrixUpdate) -> Spectrum | None:
@@ -261,69 +253,7 @@ def _by_svd(update: MatrixUpdate) -> Spectrum | None:
     _, values, right = torch.linalg.svd(dense, full_matrices=False)
     everywhere = torch.ones(update.small, dtype=torch.bool)
     values = values.cpu() / scale
-    return Spectrum(values, "svd", True, _Known(right.T.flip(1)), everywhere)
-
-
-@dataclass(frozen=True)
-class _Known:
-    """Vectors in ascending order that are there already."""
-
-    _vectors: Tensor
-
-    def vectors(self, start: int, stop: int) -> Tensor:
-        return self._vectors[:, start:stop]
-
-
-@dataclass(frozen=True)
-class _Rotated:
-    """Eigenvectors within the span of `_span` `[small, q]`."""
-
-    _span: Tensor
-    _eigen: DenseEigen
-
-    def vectors(self, start: int, stop: int) -> Tensor:
-        return self._span @ self._eigen.vectors(start, stop)
-
-
-@dataclass(frozen=True)
-class _Settled:
-    """Eigenvectors on one side of a split; those next to it found again from the update itself.
-
-    Directions whose singular values are close turn into each other by the smallest of errors. Within the span
-    of a few on both sides of the split, whose outer neighbours are far, they are told apart by the update
-    in float64 (Rayleigh & Ritz).
-
-    `split` and `size` are the numbers of directions below the split and in all.
-    """
-
-    _eigen: VectorSource
-    _update: MatrixUpdate
-    _live: Tensor
-    split: int
-    size: int
-    width: int = 16
-
-    def vectors(self, start: int, stop: int) -> Tensor:
-        low, high = max(0, self.split - self.width), min(self.size, self.split + self.width)
-        below = start < self.split
-        first, last = (0, high) if below else (low, self.size)
-        found = self._eigen.vectors(first, last)
-        near = slice(low - first, high - first)
-        found[:, near] = self._told_apart(found[:, near])
-        return found[:, start - first : stop - first]
-
-    def _told_apart(self, vectors: Tensor) -> Tensor:
-        # Orthogonal to float32 alone, they would be mixed as before.
-        basis, _ = torch.linalg.qr(vectors.double())
-        within = _among_all(basis, self._live)
-
-        def square(span: tuple[int, int]) -> Tensor:
-            seen = self._update.block(*span, dtype=torch.float64).delta @ within
-            return seen.T @ seen
-
-        _, turn = torch.linalg.eigh(crew().sum(square, self._update.spans()))
-        told: Tensor = (basis @ turn).to(vectors.dtype)
-        return told
+    return Spectrum(values, "svd", True, Known(right.T.flip(1)), everywhere)
 
 
 def _finite_peak(update: MatrixUpdate) -> float:

@@ -1,0 +1,87 @@
+"""Where the singular directions of an update come from: found already, within a span, or told apart again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_monosoup.spectral.crew import crew
+from mergekit_monosoup.spectral.eigen import VectorSource
+from mergekit_monosoup.spectral.update import MatrixUpdate
+
+
+def among_all(vectors: Tensor, live: Tensor) -> Tensor:
+    """Return vectors of the columns that the update touches as vectors of all columns."""
+    if len(vectors) == len(live):
+        return vectors
+    whole = vectors.new_zeros(len(live), vectors.shape[1])
+    whole[live.to(vectors.device)] = vectors
+    return whole
+
+
+@dataclass(frozen=True)
+class Known:
+    """Vectors in ascending order that are there already."""
+
+    ascending: Tensor
+
+    def vectors(self, start: int, stop: int) -> Tensor:
+        """Return vectors `start` to `stop`."""
+        return self.ascending[:, start:stop]
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """Eigenvectors within the span of `span` `[small, q]`."""
+
+    span: Tensor
+    inner: VectorSource
+
+    def vectors(self, start: int, stop: int) -> Tensor:
+        """Return vectors `start` to `stop` in ascending order, `[small, stop - start]`."""
+        return self.span @ self.inner.vectors(start, stop)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Eigenvectors on one side of a split; those next to it found again from the update itself.
+
+    Directions whose singular values are close turn into each other by the smallest of errors. Within the span
+    of a few on both sides of the split, whose outer neighbours are far, they are told apart by the update
+    in float64 (Rayleigh & Ritz).
+
+    `live` marks the columns that the update touches and the vectors belong to; `split` and `size` are the
+    numbers of directions below the split and in all.
+    """
+
+    eigen: VectorSource
+    update: MatrixUpdate
+    live: Tensor
+    split: int
+    size: int
+    width: int = 16
+
+    def vectors(self, start: int, stop: int) -> Tensor:
+        """Return vectors `start` to `stop` in ascending order, all of them on one side of the split."""
+        low, high = max(0, self.split - self.width), min(self.size, self.split + self.width)
+        below = start < self.split
+        first, last = (0, high) if below else (low, self.size)
+        found = self.eigen.vectors(first, last)
+        near = slice(low - first, high - first)
+        found[:, near] = self._told_apart(found[:, near])
+        return found[:, start - first : stop - first]
+
+    def _told_apart(self, vectors: Tensor) -> Tensor:
+        # Orthogonal to float32 alone, they would be mixed as before.
+        basis, _ = torch.linalg.qr(vectors.double())
+        within = among_all(basis, self.live)
+
+        def square(span: tuple[int, int]) -> Tensor:
+            seen = self.update.block(*span, dtype=torch.float64).delta @ within
+            return seen.T @ seen
+
+        _, turn = torch.linalg.eigh(crew().sum(square, self.update.spans()))
+        told: Tensor = (basis @ turn).to(vectors.dtype)
+        return told
