@@ -38,7 +38,10 @@ def opted_out() -> bool:
 
 
 class _Finder:
-    """Find `mergekit.merge_methods` as the other finders do, and act once it has been executed."""
+    """Find `mergekit.merge_methods` as the other finders do, and act once it has been executed.
+
+    When `mergekit` itself is looked for, scipy's BLAS is told to let idle threads sleep.
+    """
 
     def find_spec(
         self,
@@ -46,11 +49,10 @@ class _Finder:
         path: "Sequence[str] | None" = None,
         target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
-        if opted_out():
+        if fullname not in (PACKAGE, TARGET) or opted_out():
             return None
         if fullname == PACKAGE:
             _prepare()
-        if fullname != TARGET:
             return None
         for finder in _after(self):
             find_spec = getattr(finder, "find_spec", None)
@@ -100,11 +102,9 @@ def _after(finder: _Finder) -> "list[object]":
 
 def _prepare() -> None:
     """Say how long idle threads of BLAS may spin, which must be known before mergekit brings scipy."""
-    try:
-        # Imports the standard library alone.
-        from mergekit_monosoup.spectral import idle
-
-        idle.let_threads_sleep()
+    try:  # noqa: SIM105 - as in `_warn`
+        # Says it when it is imported, and imports the standard library alone.
+        import mergekit_monosoup.spectral  # noqa: F401
     except Exception:  # noqa: BLE001 - what is wrong here will be told when the methods are registered
         pass
 

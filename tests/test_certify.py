@@ -199,8 +199,8 @@ def test_a_drowned_tail_that_decides_is_not_certain():
         )
 
 
-def subspace_is_certain(values, diagonal, error, k, reduction=0.0, hidden=0.0, settled=0):
-    return subspace_error(values, diagonal, error, k, reduction, settled) <= subspace_tolerance(hidden)
+def subspace_is_certain(values, diagonal, error, k, reduction=0.0, hidden=0.0, refined=0):
+    return subspace_error(values, diagonal, error, k, reduction, refined) <= subspace_tolerance(hidden)
 
 
 def test_subspaces_need_a_gap():
@@ -213,10 +213,10 @@ def test_subspaces_need_a_gap():
     values[100] = values[99]
     assert not subspace_is_certain(values, diagonal, product_error(torch.float64), 100)
     # Neighbours of the split that float64 tells apart afterwards: all but equal ones.
-    assert not subspace_is_certain(values, diagonal, product_error(torch.float32), 100, settled=8)
+    assert not subspace_is_certain(values, diagonal, product_error(torch.float32), 100, refined=8)
     values[100] = values[99] * (1 - 1e-7)
-    assert subspace_is_certain(values, diagonal, product_error(torch.float32), 100, settled=8)
-    assert not subspace_is_certain(values, diagonal, 1e3 * product_error(torch.float32), 100, settled=8)
+    assert subspace_is_certain(values, diagonal, product_error(torch.float32), 100, refined=8)
+    assert not subspace_is_certain(values, diagonal, 1e3 * product_error(torch.float32), 100, refined=8)
     # Without a low side there is nothing to separate.
     assert subspace_is_certain(values, diagonal, product_error(torch.float32), len(values))
 

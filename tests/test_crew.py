@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
 import spectra
 import torch
+from environments import dependency_folders
+from stand_ins import script
 
 from mergekit_monosoup.spectral import edit_update, edit_weight
-from mergekit_monosoup.spectral.compiled import add_square, gemm
+from mergekit_monosoup.spectral.compiled import gemm, syrk
 from mergekit_monosoup.spectral.crew import at_work, crew
 from mergekit_monosoup.spectral.products import GramSum
 
@@ -88,22 +91,98 @@ def test_the_edit_is_right_for_any_number_of_threads(kind, shape, threads):
     assert spectra.error(edited, expected, dw) <= 5e-5
 
 
-def test_two_edits_at_a_time_leave_the_settings_as_they_were():
-    before = torch.get_num_threads(), [pool["num_threads"] for pool in _pools()]
-    dw = spectra.update("gauss", 900, 300)
-    expected = edit_update(dw)[0]
-    results = [None] * 4
+def test_after_an_error_nothing_further_is_begun(threads):
+    begun, ended = [], []
 
-    def edit(i):
-        results[i] = edit_update(dw)[0]
+    def fail(i):
+        begun.append(i)
+        if i == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.01)
+        ended.append(i)
 
-    workers = [threading.Thread(target=edit, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert all(torch.allclose(result, expected, atol=1e-6) for result in results)
-    assert before == (torch.get_num_threads(), [pool["num_threads"] for pool in _pools()])
+    with pytest.raises(KeyboardInterrupt), at_work(CPU, 1 << 20):
+        crew().map(fail, range(1000))
+    assert len(begun) < 100
+    assert sorted(ended) == sorted(i for i in begun if i != 0)
+
+
+def test_what_is_mapped_within_a_map_is_done_by_its_own_thread(threads):
+    def inner(i):
+        name = threading.current_thread().name
+        assert crew().size == 1
+        assert crew().map(lambda _: threading.current_thread().name, range(3)) == [name] * 3
+        return i
+
+    with at_work(CPU, 1 << 20):
+        assert crew().map(inner, range(20)) == list(range(20))
+
+
+def test_small_tensors_are_no_work_for_many(threads):
+    with at_work(CPU, 1000):
+        assert crew().size == 1
+        assert torch.get_num_threads() == 1
+    with at_work(CPU, 3 << 16):
+        assert crew().size == min(3, threads)
+    assert torch.get_num_threads() == threads
+
+
+# In a process of its own, whose BLAS has two threads whatever the tests run with.
+MANY_THREADS = """
+    import threading, torch
+    from threadpoolctl import threadpool_info
+    from mergekit_monosoup.spectral import edit_update
+
+    def limits():
+        pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+        return torch.get_num_threads(), [pool["num_threads"] for pool in pools]
+
+    torch.set_num_threads(2)
+    generator = torch.Generator().manual_seed(0)
+    dw = torch.randn(900, 300, generator=generator)
+    before, expected = limits(), edit_update(dw)[0]
+    assert 2 in before[1], before
+    wrong = []
+
+    def edit():
+        torch.get_num_threads()  # a thread begins with what any other has set last
+        torch.set_num_threads(2)
+        for _ in range(3):
+            if not torch.allclose(edit_update(dw)[0], expected, atol=2e-5):
+                wrong.append("result")
+            if torch.get_num_threads() != 2:
+                wrong.append("torch")
+
+    for _ in range(3):
+        workers = [threading.Thread(target=edit) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        edit()
+        for worker in workers:
+            worker.join()
+        assert limits() == before, (limits(), before)
+
+    # The first thread that limited BLAS is gone, and another one can.
+    from mergekit_monosoup.spectral.crew import at_work, crew
+    seen = []
+
+    def look():
+        torch.get_num_threads()
+        torch.set_num_threads(2)
+        with at_work(dw.device, 1 << 20):
+            crew().map(lambda _: seen.append(limits()[1]), range(4))
+
+    other = threading.Thread(target=look)
+    other.start()
+    other.join()
+    print(*wrong, *{n for found in seen for n in found})
+"""
+
+
+def test_edits_in_several_threads_leave_the_settings_as_they_were(environment):
+    environment.see(*dependency_folders())
+    threads = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    assert environment.output(*script(MANY_THREADS), **threads) == "1"
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -127,8 +206,8 @@ def test_products_of_any_layout(dtype, shape, orders):
 def test_half_of_a_square(order):
     a = np.asarray(np.random.default_rng(0).standard_normal((30, 50)), np.float32, order=order)
     c = np.zeros((30, 30), np.float32, order="F")
-    add_square(a, c)
-    add_square(a, c)
+    syrk(a, c)
+    syrk(a, c)
     assert np.allclose(np.tril(c), np.tril(2 * a @ a.T), atol=1e-4)
     assert not np.triu(c, 1).any()
 
@@ -148,3 +227,19 @@ def test_the_sums_of_a_gram_matrix_are_short(threads):
     exact = (block.double().T @ block.double()).numpy()
     error = np.tril(gram.take().numpy().T - exact)[np.tril_indices(300)]
     assert error.std() <= np.finfo(np.float32).eps * exact.diagonal().max()
+
+
+@pytest.mark.parametrize("lengths", [[100], [5000, 5000, 100], [9000, 100], [1000] * 40])
+def test_sections_are_short_for_any_number_of_threads(lengths, threads):
+    """Blocks that are added at a time belong to as many sections as it takes."""
+    blocks = [torch.ones(length, 4) for length in lengths]
+    gram = GramSum(4, torch.float32, CPU)
+    with at_work(CPU, 1 << 20):
+        gram.add(blocks)
+    total = sum(lengths)
+    # Eight blocks of a thousand rows fit into a section of 8192.
+    expected = {1: 1.0, 3: total**2 / (2 * 5000**2 + 100**2), 2: total**2 / (9000**2 + 100**2), 40: 5.0}
+    if len(lengths) == 3:
+        expected[3] = total**2 / (5000**2 + 5100**2)
+    assert gram.sections == pytest.approx(expected[len(lengths)])
+    assert torch.equal(torch.triu(gram.take()), torch.triu(torch.full((4, 4), float(total)).double()))

@@ -266,3 +266,32 @@ def test_singular_values_are_float64_on_the_cpu_and_descend():
         assert values.device.type == "cpu"
         assert (values.diff() <= 0).all()
         assert (values >= 0).all()
+
+
+@pytest.mark.parametrize("moved", [0, 1e-7, 1e-6, 1e-4])
+@pytest.mark.parametrize("energy", [None, 0.6, 0.9])
+def test_blocks_that_are_nearly_equal(moved, energy):
+    """Pairs of directions that agree to many digits: either is right, or they are told apart."""
+    block = spectra.update("gauss", 200, 160)
+    other = block.clone()
+    other[7, 11] += moved * float(block.abs().max())
+    dw = torch.block_diag(block, other)
+    edited, record = edit_update(dw, energy=energy)
+    expected, values = spectra.exact(dw, energy)
+    assert abs(record.k - values["k"]) <= (1 if moved == 0 else 0)
+    if spectra.split_gap(dw, energy) > 1e-9:
+        assert spectra.error(edited, expected, dw) <= WEIGHT
+
+
+@pytest.mark.parametrize("exponent", [-160, 155])
+def test_a_small_gap_in_the_extremes_of_float64(exponent):
+    s = spectra.singular_values("linear", 60)
+    s[30:] *= s[29] * (1 - 1e-9) / s[30]
+    rng = np.random.default_rng(0)
+    dw = (spectra.orthonormal(rng, 90, 60) * s) @ spectra.orthonormal(rng, 60, 60).T
+    kept = np.cumsum(s**2) / np.sum(s**2)
+    energy = float(kept[28:30].mean())
+    plain, record = edit_update(torch.from_numpy(dw), energy=energy, spectrum="gram")
+    scaled, of_scaled = edit_update(torch.from_numpy(dw) * 10.0**exponent, energy=energy, spectrum="gram")
+    assert record.k == of_scaled.k == 30
+    assert torch.allclose(scaled / 10.0**exponent, plain, atol=1e-6 * float(plain.abs().max()), rtol=0)

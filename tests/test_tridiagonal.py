@@ -102,7 +102,7 @@ def test_neighbours_at_any_distance_are_orthogonal(distance):
 
 
 def test_most_vectors_are_found_one_by_one(monkeypatch):
-    monkeypatch.setattr(tridiagonal.lapack, "dstevd", None)
+    monkeypatch.setattr(tridiagonal, "eigh_tridiagonal", None)
     for kind in ("random", "second difference", "gram"):
         SymmetricTridiagonal(*tridiagonal_matrix(kind, 200)).vectors(50, 150)
 

@@ -24,7 +24,7 @@ from mergekit_monosoup.report.measure import tensor_record
 from mergekit_monosoup.report.recorder import Recorder, close_files, is_recording, new_header, send
 from mergekit_monosoup.report.rounding import sample
 from mergekit_monosoup.report.schema import Action
-from mergekit_monosoup.spectral.crew import one_torch_thread
+from mergekit_monosoup.spectral.crew import torch_threads
 from mergekit_monosoup.spectral.edit import EditRecord
 
 LOG = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def note(
         return
     defaults = {parameter.name: parameter.default for parameter in spec.parameters}
     # torch's own threads would still be spinning when the next edit begins.
-    with one_torch_thread(group.base.tensor.device):
+    with torch_threads(1):
         record = tensor_record(
             name,
             group.base.tensor,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_monosoup.spectral.crew import at_work
 from mergekit_monosoup.spectral.edit import EditRecord, MatrixRecord
 from mergekit_monosoup.spectral.matrix import MatrixView, choose_view
 from mergekit_monosoup.spectral.mixing import mixing_coefficients
@@ -41,11 +42,12 @@ def analyse_update(dw: Tensor, energies: Sequence[float] = (), view: MatrixView 
     """
     spectra = []
     view = view or choose_view(tuple(dw.shape))
-    for matrix in view.of(dw):
-        # In float64 the spectrum serves every threshold; in float32 each would need a check of its own.
-        spectrum = decompose(MatrixUpdate(None, [matrix.double()]), backend="gram")
-        if spectrum is not None:
-            spectra.append((spectrum.singular_values, min(matrix.shape), spectrum.backend))
+    with at_work(dw.device, dw.numel()):
+        for matrix in view.of(dw):
+            # In float64 the spectrum serves every threshold; in float32 each would need a check of its own.
+            spectrum = decompose(MatrixUpdate(None, [matrix.double()]), backend="gram")
+            if spectrum is not None:
+                spectra.append((spectrum.singular_values, min(matrix.shape), spectrum.backend))
     rules: list[float | None] = [None, *energies]
     records = {
         rule: EditRecord(tuple(_record(*found, rule) for found in spectra), view.kind) for rule in rules

@@ -8,7 +8,7 @@ with contiguous rows or contiguous columns, and nothing is copied.
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_char, c_double, c_float, c_int
+from ctypes import byref, c_char, c_double, c_float, c_int64
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,8 @@ _LAR1V = _routine(cython_lapack, "dlar1v", 21)
 
 
 def _int(value: int) -> Any:
-    return byref(c_int(value))
+    # Libraries with integers of 32 bits read the first half of it, on all processors in use.
+    return byref(c_int64(value))
 
 
 def _number(value: float, dtype: Any) -> Any:
@@ -82,7 +83,7 @@ def gemm(alpha: float, a: Any, b: Any, beta: float, c: Any) -> None:
     )
 
 
-def add_square(a: Any, c: Any) -> None:
+def syrk(a: Any, c: Any) -> None:
     """Add a a^T to the lower half of c, which has contiguous columns."""
     how, distance = _operand(a)
     _SYRK[c.dtype](
@@ -116,7 +117,7 @@ def tridiagonal_form(matrix: Any, panel: int) -> tuple[Any, Any, Any]:
     n, dtype = len(matrix), matrix.dtype
     diagonal, off, factors = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
     columns = np.empty((n, panel), dtype, order="F")
-    length, width, info = _int(n), _int(panel), c_int()
+    length, width, info = _int(n), _int(panel), c_int64()
     start = 0
     while n - start > 2 * panel:
         stop = start + panel
@@ -169,7 +170,7 @@ def tridiagonal_values(diagonal: Any, off: Any) -> Any:
     Raises:
         LinAlgError: they were not found.
     """
-    values, rest, info = diagonal.copy(), off.copy(), c_int()
+    values, rest, info = diagonal.copy(), off.copy(), c_int64()
     _STERF(_int(len(values)), values.ctypes.data, rest.ctypes.data, byref(info))
     if info.value != 0:
         raise np.linalg.LinAlgError(f"LAPACK dsterf failed with info = {info.value}")
@@ -188,10 +189,10 @@ class TwistedVector:
         n = len(d)
         self._kept = d, l, l * d[:-1], l * l * d[:-1]
         self._vector, self._work = np.zeros(n), np.empty(4 * n)
-        self._value, self._place = c_double(), c_int()
+        self._value, self._place = c_double(), c_int64()
         self._scale, self._residual = c_double(), c_double()
         smallest = c_double(np.finfo(np.float64).tiny * max(1.0, float(self._kept[3].max())))
-        unused: list[Any] = [c_int(), c_double(), c_double(), c_double()]
+        unused: list[Any] = [c_int64(), c_double(), c_double(), c_double()]
         self._arguments = (
             _int(n),
             _int(1),
@@ -206,7 +207,7 @@ class TwistedVector:
             byref(unused[1]),
             byref(unused[2]),
             byref(self._place),
-            byref((c_int * 2)()),
+            byref((c_int64 * 2)()),
             byref(self._scale),
             byref(self._residual),
             byref(unused[3]),

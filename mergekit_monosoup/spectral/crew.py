@@ -10,14 +10,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import OpenBLASController, ThreadpoolController
 
 from mergekit_monosoup.spectral.idle import threads_sleep
 
@@ -43,7 +43,8 @@ class Crew:
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """Return function(item) of all items, in their order; BLAS has one thread meanwhile.
 
-        The function leaves the cores to others only while it is in torch or in `compiled`.
+        The function lets the others work only while it is in torch, in `compiled` or in large NumPy
+        operations. After an error no further item is begun.
         """
         tasks = list(items)
         if self._pool is None or len(tasks) < 2:
@@ -58,7 +59,11 @@ class Crew:
                     i = rest.popleft()
                 except IndexError:
                     return
-                results[i] = function(tasks[i])
+                try:
+                    results[i] = function(tasks[i])
+                except BaseException:
+                    rest.clear()
+                    raise
 
         def help_out() -> None:
             # Both are settings of a thread.
@@ -73,8 +78,9 @@ class Crew:
                 work()
             finally:
                 _CURRENT.reset(token)
-                for helper in helpers:
-                    helper.result()
+                wait(helpers)
+            for helper in helpers:
+                helper.result()
         return results
 
     def sum(self, function: Callable[[Item], Any], items: Iterable[Item]) -> Any:
@@ -111,10 +117,14 @@ def with_blas_threads(worthwhile: bool) -> Iterator[None]:
 
 
 @contextmanager
-def one_torch_thread(device: torch.device) -> Iterator[None]:
-    """Keep torch to one thread; off the CPU, do nothing."""
-    with _ONE_TORCH_THREAD if device.type == "cpu" else nullcontext():
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch have this many threads, a setting of the calling thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
         yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -125,11 +135,17 @@ def at_work(device: torch.device, entries: int) -> Iterator[None]:
         device: where the matrices lie.
         entries: of the tensor: small ones are no work for many.
     """
-    size = min(torch.get_num_threads(), entries // _SHARE) if device.type == "cpu" else 1
-    with one_torch_thread(device):
+    if device.type != "cpu":
+        yield
+        return
+    size = min(torch.get_num_threads(), entries // _SHARE)
+    with torch_threads(1):
         if size <= 1:
-            yield
+            with _ONE_BLAS_THREAD:
+                yield
             return
+        # Asked before any thread of ours is busy.
+        threads_sleep()
         with ThreadPoolExecutor(size - 1, "edit", _begin) as pool:
             token = _CURRENT.set(Crew(pool, size))
             try:
@@ -142,43 +158,44 @@ def _begin() -> None:
     torch.set_num_threads(1)
 
 
-class _Shared:
-    """A setting of the whole process, changed by the first who needs it and restored by the last."""
+class _OneBlasThread:
+    """Keep BLAS to one thread, a setting of the process: the first who asks changes it, the last restores it.
 
-    def __init__(self, change: Callable[[], Callable[[], object]]) -> None:
-        self._change = change
+    The last may be another thread than the first. Newer versions of threadpoolctl let only one thread change
+    the number until that says it is done.
+    """
+
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._restore: Callable[[], object] = lambda: None
+        self._limited: Any = None
 
     def __enter__(self) -> None:
         with self._lock:
             if self._users == 0:
-                self._restore = self._change()
+                _let_any_thread_limit()
+                self._limited = _libraries().limit(limits=1)
+                _let_any_thread_limit()
             self._users += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                self._restore()
+                _let_any_thread_limit()
+                self._limited.restore_original_limits()
+                _let_any_thread_limit()
 
 
 @cache
 def _libraries() -> ThreadpoolController:
-    return ThreadpoolController()
+    return ThreadpoolController().select(user_api="blas")
 
 
-def _limit_blas() -> Callable[[], object]:
-    limited = _libraries().limit(limits=1, user_api="blas")
-    return lambda: limited.restore_original_limits()
+def _let_any_thread_limit() -> None:
+    clear = getattr(OpenBLASController, "clear_controlling_thread", None)
+    if clear is not None:
+        clear(force=True)
 
 
-def _limit_torch() -> Callable[[], object]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    return lambda: torch.set_num_threads(before)
-
-
-_ONE_BLAS_THREAD = _Shared(_limit_blas)
-_ONE_TORCH_THREAD = _Shared(_limit_torch)
+_ONE_BLAS_THREAD = _OneBlasThread()

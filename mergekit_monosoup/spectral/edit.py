@@ -26,9 +26,9 @@ from mergekit_monosoup.spectral.spectrum import Backend, decompose
 from mergekit_monosoup.spectral.split import effective_rank, split_index
 from mergekit_monosoup.spectral.update import Block, MatrixUpdate
 
-# Entries up to which each thread takes a matrix of a stack for itself: no thread waits for another, and the
-# scratch memory of several is no matter.
-_ONE_EACH = 1 << 22
+# Entries up to which each thread takes a matrix of a stack for itself, so that no thread waits for another,
+# and entries of all of them: their scratch memory is up to three float32 copies.
+_ONE_EACH, _ALL_AT_A_TIME = 1 << 22, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,8 @@ def _edit_stack(
             update = MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights)
             return _edit_matrix(update, out[i], options)
 
-        one_each = len(out) >= crew().size and out[0].numel() <= _ONE_EACH
+        most = min(_ONE_EACH, _ALL_AT_A_TIME // crew().size)
+        one_each = len(out) >= crew().size and out[0].numel() <= most
         return crew().map(edit, range(len(out))) if one_each else [edit(i) for i in range(len(out))]
 
 

@@ -72,7 +72,8 @@ class TridiagonalEigen:
             diagonal, off, factors = tridiagonal_form(form, _WIDE_PANEL if large else _PANEL)
         # Float32 will do for the transformation: it errs by 1e-7 in every direction, whatever the gaps
         # between eigenvalues.
-        form, factors = np.asfortranarray(form, np.float32), factors.astype(np.float32)
+        with np.errstate(over="ignore"):  # in the other half, which is not read
+            form, factors = np.asfortranarray(form, np.float32), factors.astype(np.float32)
         diagonal, off = diagonal.astype(np.float64), off.astype(np.float64)
         # The values come one after the other; another thread has the time to prepare for the vectors.
         parts: list[Callable[[], Any]] = [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from scipy.linalg import blas
 from torch import Tensor
 
-from mergekit_monosoup.spectral.compiled import add_square, gemm
+from mergekit_monosoup.spectral.compiled import gemm, syrk
 from mergekit_monosoup.spectral.crew import crew
 
 # Rows whose products are summed in the dtype of the blocks.
@@ -26,7 +27,7 @@ class GramSum:
     """Sum of block^T block `[n, n]`; on the CPU, the lower half in Fortran order.
 
     Products of a few blocks are summed in the dtype of the blocks, and these sums in float64: over the
-    150,000 rows of an embedding, float32 would lose another digit. `sections` counts them.
+    150,000 rows of an embedding, float32 would lose another digit.
 
     Args:
         n: columns of the blocks.
@@ -38,7 +39,7 @@ class GramSum:
         self._half = device.type == "cpu"
         self._total: Any = None
         self._rows = 0
-        self.sections = 1
+        self._closed: list[int] = []
         if self._half:
             self._sum: Any = np.zeros((n, n), np.float64 if dtype == torch.float64 else np.float32, order="F")
         else:
@@ -46,19 +47,33 @@ class GramSum:
 
     def add(self, blocks: Sequence[Tensor]) -> None:
         """Add block^T block of some blocks `[length, n]`, in their order."""
-        if not self._half:
-            for block in blocks:
-                self._count(len(block))
-                self._sum.addmm_(block.T, block)
-            return
-        arrays = [block.numpy() for block in blocks]
-        self._count(sum(map(len, arrays)))
-        crew().map(lambda part: self._add_part(arrays, *part), self._parts())
+        for section in self._sections(blocks):
+            if not self._half:
+                for block in section:
+                    self._sum.addmm_(block.T, block)
+                continue
+            arrays = [block.numpy() for block in section]
+            crew().map(partial(self._add_part, arrays), self._parts())
 
-    def _count(self, rows: int) -> None:
-        if self._rows + rows > _SECTION and self._rows > 0:
-            self._flush()
-        self._rows += rows
+    def _sections(self, blocks: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Yield the blocks in groups that belong to one section each."""
+        group: list[Tensor] = []
+        for block in blocks:
+            if self._rows + len(block) > _SECTION and self._rows > 0:
+                if group:
+                    yield group
+                group = []
+                self._flush()
+            self._rows += len(block)
+            group.append(block)
+        if group:
+            yield group
+
+    @property
+    def sections(self) -> float:
+        """To how many sections of equal length the sums amount."""
+        lengths = [*self._closed, *([self._rows] if self._rows else [])]
+        return sum(lengths) ** 2 / sum(length**2 for length in lengths)
 
     def _parts(self) -> list[tuple[int, int]]:
         """Cut the columns so that their halves below the diagonal are of the same size."""
@@ -66,11 +81,12 @@ class GramSum:
         edges = [round(n * (1 - math.sqrt(1 - i / size))) for i in range(size + 1)]
         return list(pairwise(edges))
 
-    def _add_part(self, arrays: list[Any], start: int, stop: int) -> None:
+    def _add_part(self, arrays: list[Any], part: tuple[int, int]) -> None:
+        start, stop = part
         for array in arrays:
             for first in range(0, len(array), _CHAIN):
                 rows = array[first : first + _CHAIN]
-                add_square(rows[:, start:stop].T, self._sum[start:stop, start:stop])
+                syrk(rows[:, start:stop].T, self._sum[start:stop, start:stop])
                 if stop < len(self._sum):
                     gemm(1.0, rows[:, stop:].T, rows[:, start:stop], 1.0, self._sum[stop:, start:stop])
 
@@ -82,8 +98,8 @@ class GramSum:
         else:
             self._total = self._sum.double() if self._total is None else self._total.add_(self._sum)
             self._sum.zero_()
+        self._closed.append(self._rows)
         self._rows = 0
-        self.sections += 1
 
     def _flush_part(self, part: tuple[int, int]) -> None:
         lower = slice(part[0], None), slice(*part)

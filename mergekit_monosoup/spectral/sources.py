@@ -1,4 +1,4 @@
-"""Where the singular directions of an update come from: found already, within a span, or told apart again."""
+"""Where the singular directions of an update come from: found already, within a span, or refined."""
 
 from __future__ import annotations
 
@@ -45,20 +45,21 @@ class Rotated:
 
 
 @dataclass(frozen=True)
-class Settled:
-    """Eigenvectors on one side of a split; those next to it found again from the update itself.
+class Refined:
+    """Eigenvectors on one side of a split; those next to it are Ritz vectors of the update itself.
 
     Directions whose singular values are close turn into each other by the smallest of errors. Within the span
-    of a few on both sides of the split, whose outer neighbours are far, they are told apart by the update
-    in float64 (Rayleigh & Ritz).
+    of a few on both sides of the split, whose outer neighbours are far, the Rayleigh-Ritz method tells them
+    apart by the update in float64.
 
-    `live` marks the columns that the update touches and the vectors belong to; `split` and `size` are the
-    numbers of directions below the split and in all.
+    `live` marks the columns that the update touches and the vectors belong to; entries are scaled by `scale`;
+    `split` and `size` are the numbers of directions below the split and in all.
     """
 
     eigen: VectorSource
     update: MatrixUpdate
     live: Tensor
+    scale: float
     split: int
     size: int
     width: int = 16
@@ -70,18 +71,18 @@ class Settled:
         first, last = (0, high) if below else (low, self.size)
         found = self.eigen.vectors(first, last)
         near = slice(low - first, high - first)
-        found[:, near] = self._told_apart(found[:, near])
+        found[:, near] = self._ritz_vectors(found[:, near])
         return found[:, start - first : stop - first]
 
-    def _told_apart(self, vectors: Tensor) -> Tensor:
+    def _ritz_vectors(self, vectors: Tensor) -> Tensor:
         # Orthogonal to float32 alone, they would be mixed as before.
         basis, _ = torch.linalg.qr(vectors.double())
         within = among_all(basis, self.live)
 
         def square(span: tuple[int, int]) -> Tensor:
-            seen = self.update.block(*span, dtype=torch.float64).delta @ within
+            seen = self.update.block(*span, dtype=torch.float64).delta * self.scale @ within
             return seen.T @ seen
 
         _, turn = torch.linalg.eigh(crew().sum(square, self.update.spans()))
-        told: Tensor = (basis @ turn).to(vectors.dtype)
-        return told
+        found: Tensor = (basis @ turn).to(vectors.dtype)
+        return found

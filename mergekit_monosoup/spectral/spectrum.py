@@ -25,12 +25,12 @@ from mergekit_monosoup.spectral.certify import (
     subspace_error,
     subspace_tolerance,
 )
-from mergekit_monosoup.spectral.crew import crew
+from mergekit_monosoup.spectral.crew import crew, torch_threads
 from mergekit_monosoup.spectral.eigen import DenseEigen, VectorSource, by_tridiagonal_form, decomposed
 from mergekit_monosoup.spectral.precision import full_float32
 from mergekit_monosoup.spectral.products import GramSum
 from mergekit_monosoup.spectral.sample import numerical_rank, sample
-from mergekit_monosoup.spectral.sources import Known, Rotated, Settled, among_all
+from mergekit_monosoup.spectral.sources import Known, Refined, Rotated, among_all
 from mergekit_monosoup.spectral.split import split_index
 from mergekit_monosoup.spectral.update import MatrixUpdate
 
@@ -46,8 +46,9 @@ _FLAT = 0.1
 _OBLONG = 1.25
 # Ratio from which products take so much longer that a float64 reduction does not count.
 _LONG = 8
-# Blocks that each thread converts before all of them multiply: waiting for each other costs time.
-_BLOCKS_EACH = 2
+# Blocks that each thread converts before all of them multiply: waiting for each other costs time. More than a
+# few are no more than a quarter of the matrix.
+_BLOCKS_EACH, _FEW_BLOCKS = 2, 4
 # Numerical rank, as a share of the smaller side, up to which an update is treated through a factor.
 _LOW_RANK = 1 / 8
 
@@ -150,6 +151,7 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
         gram = _accumulated(update, dtype, scale)
     diagonal = gram.diagonal()
     live = diagonal > 0
+    diagonal = diagonal[live]
     hidden = update.hidden_by_rounding(math.sqrt(float(diagonal.sum())) / scale)
     single = (
         dtype == torch.float32
@@ -172,8 +174,9 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, energy: float | None) -> 
     if certain:
         k, tolerance = split_index(values, energy), subspace_tolerance(hidden)
         if subspace_error(values, diagonal, error, k, reduction) > tolerance:
-            source = Settled(eigen, update, live, len(values) - k, len(values))
-            certain = subspace_error(values, diagonal, error, k, reduction, source.width) <= tolerance
+            refined = Refined(eigen, update, live, scale, len(values) - k, len(values))
+            certain = subspace_error(values, diagonal, error, k, reduction, refined.width) <= tolerance
+            source = refined if certain else eigen
     name = "gram32" if dtype == torch.float32 else "gram64"
     return Spectrum(values / scale, name, certain, source, live)
 
@@ -192,7 +195,9 @@ def _accumulated(update: MatrixUpdate, dtype: torch.dtype, scale: float) -> Gram
         return delta if scale == 1 else delta * scale
 
     gram = GramSum(update.small, dtype, update.device)
-    spans, size = list(update.spans()), _BLOCKS_EACH * crew().size
+    spans, size = list(update.spans()), 1
+    if update.device.type == "cpu":
+        size = min(_BLOCKS_EACH * crew().size, max(_FEW_BLOCKS, len(spans) // 4))
     for start in range(0, len(spans), size):
         gram.add(crew().map(scaled, spans[start : start + size]))
     return gram
@@ -250,7 +255,8 @@ def _by_svd(update: MatrixUpdate) -> Spectrum | None:
         return None
     scale = _scale_for(peak, torch.float64)
     dense = update.block(0, update.long, dtype=torch.float64).delta * scale
-    _, values, right = torch.linalg.svd(dense, full_matrices=False)
+    with torch_threads(max(torch.get_num_threads(), crew().size)):
+        _, values, right = torch.linalg.svd(dense, full_matrices=False)
     everywhere = torch.ones(update.small, dtype=torch.bool)
     values = values.cpu() / scale
     return Spectrum(values, "svd", True, Known(right.T.flip(1)), everywhere)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.linalg import lapack
+from scipy.linalg import eigh_tridiagonal, lapack
 
 from mergekit_monosoup.spectral.compiled import TwistedVector, tridiagonal_values
 from mergekit_monosoup.spectral.crew import crew
@@ -38,13 +38,10 @@ class SymmetricTridiagonal:
     def vectors(self, start: int, stop: int) -> Any:
         """Return eigenvectors `start` to `stop` in ascending order, float32 `[n, stop - start]`."""
         found = np.empty((len(self.values), stop - start), np.float32, order="F")
-        if self._one_by_one(start, stop, found):
-            return found
-        # Values that agree in all digits: only a solver that finds the vectors together tells them apart.
-        _, vectors, info = lapack.dstevd(self._diagonal, self._off)
-        if info != 0:
-            raise np.linalg.LinAlgError(f"LAPACK dstevd failed with info = {info}")
-        found[:] = vectors[:, start:stop]
+        if start < stop and not self._one_by_one(start, stop, found):
+            # Values that agree in all digits: only a solver that finds the vectors together tells them apart.
+            chosen = (start, stop - 1)
+            _, found[:] = eigh_tridiagonal(self._diagonal, self._off, select="i", select_range=chosen)
         return found
 
     def _one_by_one(self, start: int, stop: int, found: Any) -> bool:
