@@ -22,6 +22,8 @@ TARGET = "mergekit.merge_methods"
 def install() -> None:
     """Register our methods as soon as `mergekit.merge_methods` is imported; safe to call again.
 
+    When `mergekit` is looked for, `OPENBLAS_THREAD_TIMEOUT` is set where it is not (`spectral/idle.py`).
+
     Where mergekit has been imported already, the methods are registered at once. Never raises an
     `Exception`: what goes wrong is told in one line on standard error.
     """
