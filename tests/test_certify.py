@@ -217,6 +217,10 @@ def test_subspaces_need_a_gap():
     values[100] = values[99] * (1 - 1e-7)
     assert subspace_is_certain(values, diagonal, product_error(torch.float32), 100, refined=8)
     assert not subspace_is_certain(values, diagonal, 1e3 * product_error(torch.float32), 100, refined=8)
+    # More equal values than are refined.
+    values[90:120] = values[90]
+    assert not subspace_is_certain(values, diagonal, product_error(torch.float32), 100, refined=8)
+    assert not subspace_is_certain(values, diagonal, product_error(torch.float32), 100, refined=200)
     # Without a low side there is nothing to separate.
     assert subspace_is_certain(values, diagonal, product_error(torch.float32), len(values))
 

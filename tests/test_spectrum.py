@@ -295,3 +295,16 @@ def test_a_small_gap_in_the_extremes_of_float64(exponent):
     scaled, of_scaled = edit_update(torch.from_numpy(dw) * 10.0**exponent, energy=energy, spectrum="gram")
     assert record.k == of_scaled.k == 30
     assert torch.allclose(scaled / 10.0**exponent, plain, atol=1e-6 * float(plain.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("size", [100, 300])
+def test_a_multiple_of_the_identity_is_cut_somewhere(size):
+    """All directions are equal: which of them are kept is free, their number is not."""
+    dw = 0.25 * torch.eye(size)
+    edited, record = edit_update(dw, energy=0.5)
+    assert record.k == size // 2
+    assert backend_of(record) == "svd"
+    values = torch.linalg.svdvals(edited.double())
+    sides = (record.lambda_high, record.lambda_low)
+    expected = torch.cat([torch.full((size // 2,), 0.25 * side, dtype=torch.float64) for side in sides])
+    assert torch.allclose(values, expected.sort(descending=True)[0], atol=1e-6)

@@ -131,14 +131,15 @@ def subspace_error(
         return 0.0
     squares = values.square()
     mean = float(diagonal.mean())
-    moved = _moved(squares[:k], squares[k:], error * mean + reduction)
+    entry = error * mean + reduction
+    moved = _moved(squares[:k], squares[k:], entry)
     if refined:
         first, last = max(0, k - refined), k + refined
         near = squares[first:k], squares[k:last]
-        moved -= _moved(*near, error * mean + reduction)
+        moved -= _moved(*near, entry)
         # Rounding in float64, and to second order what both have in common with directions outside.
         outside = torch.cat([squares[:first], squares[last:]]) - (squares[k - 1] + squares[k]) / 2
-        common = (error * mean + reduction) ** 2 * float(outside.pow(-2).sum().sqrt())
+        common = entry * float((entry / outside.abs().clamp(min=entry)).norm())
         moved += _moved(*near, product_error(torch.float64) * max(mean, float(squares[first])) + common)
     return math.sqrt(max(0.0, moved) / float(squares.sum()))
 
