@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +14,7 @@ from mergekit_monosoup.errors import AdapterError, ConfigurationError, Parameter
 from mergekit_monosoup.lora.adapter import PREFIX, AdaptedModule, Adapter, plain_name
 from mergekit_monosoup.lora.factors import LowRankUpdate, edit_factors, mean_of, rank_for, truncate
 from mergekit_monosoup.lora.settings import settings_for
+from mergekit_monosoup.spectral.crew import at_work, crew
 from mergekit_monosoup.spectral.edit import EditRecord, edit_update
 from mergekit_monosoup.spectral.mixing import Mixing
 
@@ -132,13 +132,8 @@ def _in_parallel(function: Callable[[str], T], names: Sequence[str]) -> list[T]:
 
     The matrices are small and many: threads inside one factorisation would wait for each other.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(function, names))
-    finally:
-        torch.set_num_threads(threads)
+    with at_work(torch.device("cpu")):
+        return crew().map(function, names)
 
 
 def _refuse_strangers(adapters: Sequence[Adapter], tables: Sequence[Mapping[str, AdaptedModule]]) -> None:

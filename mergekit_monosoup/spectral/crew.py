@@ -128,17 +128,19 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def at_work(device: torch.device, entries: int) -> Iterator[None]:
+def at_work(device: torch.device, entries: int | None = None) -> Iterator[None]:
     """Call a crew as large as torch's number of threads and keep torch to one; off the CPU, do nothing.
 
     Args:
         device: where the matrices lie.
-        entries: of the tensor: small ones are no work for many.
+        entries: of the tensor: small ones are no work for many. Absent: as many threads as there are.
     """
     if device.type != "cpu":
         yield
         return
-    size = min(torch.get_num_threads(), entries // _SHARE)
+    size = torch.get_num_threads()
+    if entries is not None:
+        size = min(size, entries // _SHARE)
     with torch_threads(1):
         if size <= 1:
             with _ONE_BLAS_THREAD:
