@@ -11,10 +11,12 @@ import spectra
 import torch
 from environments import dependency_folders
 from stand_ins import script
+from threadpoolctl import threadpool_info
 
 from mergekit_monosoup.spectral import edit_update, edit_weight
 from mergekit_monosoup.spectral.compiled import gemm, syrk
-from mergekit_monosoup.spectral.crew import at_work, crew
+from mergekit_monosoup.spectral.crew import at_work, crew, torch_threads
+from mergekit_monosoup.spectral.precision import full_float32
 from mergekit_monosoup.spectral.products import GramSum
 
 CPU = torch.device("cpu")
@@ -22,10 +24,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=[1, 2, 5])
 def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield request.param
 
 
 def test_results_come_in_the_order_of_the_items(threads):
@@ -48,21 +48,15 @@ def test_an_error_reaches_the_caller_and_settings_come_back(threads):
         if i == 7:
             raise ValueError("seven")
 
+    def pools():
+        return [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    before = pools()
     with pytest.raises(ValueError, match="seven"), at_work(CPU, 1 << 20):
         crew().map(fail, range(20))
     assert torch.get_num_threads() == threads
     assert crew().size == 1
-    limited = [pool for pool in _pools() if pool["num_threads"] == 1]
-    assert limited == [pool for pool in _POOLS if pool["num_threads"] == 1]
-
-
-def _pools():
-    from threadpoolctl import threadpool_info
-
-    return [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
-
-
-_POOLS = _pools()
+    assert pools() == before
 
 
 def test_modes_of_torch_are_those_of_the_caller(threads):
@@ -229,17 +223,37 @@ def test_the_sums_of_a_gram_matrix_are_short(threads):
     assert error.std() <= np.finfo(np.float32).eps * exact.diagonal().max()
 
 
-@pytest.mark.parametrize("lengths", [[100], [5000, 5000, 100], [9000, 100], [1000] * 40])
-def test_sections_are_short_for_any_number_of_threads(lengths, threads):
-    """Blocks that are added at a time belong to as many sections as it takes."""
+@pytest.mark.parametrize(
+    ("lengths", "sections"),
+    [
+        ([100], [100]),
+        ([5000, 5000, 100], [5000, 5100]),
+        ([9000, 100], [9000, 100]),
+        ([1000] * 40, [8000] * 5),
+    ],
+)
+def test_sections_are_short_for_any_number_of_threads(lengths, sections, threads):
+    """Blocks that are added at a time belong to as many sections of 8192 rows as it takes."""
     blocks = [torch.ones(length, 4) for length in lengths]
     gram = GramSum(4, torch.float32, CPU)
     with at_work(CPU, 1 << 20):
         gram.add(blocks)
-    total = sum(lengths)
-    # Eight blocks of a thousand rows fit into a section of 8192.
-    expected = {1: 1.0, 3: total**2 / (2 * 5000**2 + 100**2), 2: total**2 / (9000**2 + 100**2), 40: 5.0}
-    if len(lengths) == 3:
-        expected[3] = total**2 / (5000**2 + 5100**2)
-    assert gram.sections == pytest.approx(expected[len(lengths)])
-    assert torch.equal(torch.triu(gram.take()), torch.triu(torch.full((4, 4), float(total)).double()))
+    total = float(sum(lengths))
+    assert gram.sections == pytest.approx(total**2 / sum(length**2 for length in sections))
+    assert torch.equal(torch.triu(gram.take()), torch.triu(torch.full((4, 4), total).double()))
+
+
+def test_precision_of_an_accelerator_comes_back_with_the_last_user():
+    """The setting is torch's own, and is there without an accelerator."""
+    device, before = torch.device("cuda"), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with full_float32(device):
+            with full_float32(device):
+                assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+        with full_float32(CPU):
+            assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

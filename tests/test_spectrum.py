@@ -150,35 +150,36 @@ def test_a_tie_without_noise_needs_no_svd():
     assert torch.equal(edited, dw)
 
 
+def with_a_gap(shape, k, gap):
+    """Return an update in float64 whose values k and k + 1 are close, and the threshold that splits there."""
+    count = min(shape)
+    s = spectra.singular_values("linear", count)
+    s[k:] *= s[k - 1] * (1 - gap) / s[k]
+    rng = np.random.default_rng(0)
+    dw = (spectra.orthonormal(rng, shape[0], count) * s) @ spectra.orthonormal(rng, shape[1], count).T
+    kept = np.cumsum(s**2) / np.sum(s**2)
+    return torch.from_numpy(dw), float(kept[k - 2 : k].mean())
+
+
 @pytest.mark.parametrize("gap", [1e-2, 1e-4, 1e-6])
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400), (90, 60)], ids=str)
 @pytest.mark.parametrize("share", [0.3, 0.7])
 def test_a_small_gap_at_the_split_is_told_apart_in_float64(gap, shape, share):
     """k and the coefficients are certain here, the vectors on both sides of the split are not in float32."""
-    count = min(shape)
-    k = round(share * count)
-    s = spectra.singular_values("linear", count)
-    s[k:] *= s[k - 1] * (1 - gap) / s[k]
-    rng = np.random.default_rng(0)
-    dw = (spectra.orthonormal(rng, shape[0], count) * s[:count]) @ spectra.orthonormal(rng, shape[1], count).T
-    kept = np.cumsum(s**2) / np.sum(s**2)
-    dw = torch.from_numpy(dw).float()
-    assert spectra.exact(dw, float(kept[k - 2 : k].mean()))[1]["k"] == k
-    assert assert_agrees(dw, float(kept[k - 2 : k].mean())) == "gram32"
+    k = round(share * min(shape))
+    dw, energy = with_a_gap(shape, k, gap)
+    assert spectra.exact(dw.float(), energy)[1]["k"] == k
+    assert assert_agrees(dw.float(), energy) == "gram32"
 
 
 def test_columns_that_are_not_touched_take_no_part_when_neighbours_are_told_apart():
-    rng = np.random.default_rng(0)
-    s = spectra.singular_values("linear", 300)
-    s[100:] *= s[99] * (1 - 1e-6) / s[100]
+    inner, energy = with_a_gap((400, 300), 100, 1e-6)
     dw = torch.zeros(450, 330)
     rows, columns = torch.arange(0, 450, 9), torch.arange(5, 330, 11)
-    inner = (spectra.orthonormal(rng, 400, 300) * s) @ spectra.orthonormal(rng, 300, 300).T
     kept_rows = torch.ones(450, dtype=torch.bool).index_fill(0, rows, False)
     kept_columns = torch.ones(330, dtype=torch.bool).index_fill(0, columns, False)
-    dw[kept_rows[:, None] & kept_columns] = torch.from_numpy(inner).float().flatten()
-    kept = np.cumsum(s**2) / np.sum(s**2)
-    assert assert_agrees(dw, float(kept[98:100].mean())) == "gram32"
+    dw[kept_rows[:, None] & kept_columns] = inner.float().flatten()
+    assert assert_agrees(dw, energy) == "gram32"
 
 
 @pytest.mark.parametrize("shape", [(400, 300), (90, 60)], ids=str)
@@ -285,14 +286,9 @@ def test_blocks_that_are_nearly_equal(moved, energy):
 
 @pytest.mark.parametrize("exponent", [-160, 155])
 def test_a_small_gap_in_the_extremes_of_float64(exponent):
-    s = spectra.singular_values("linear", 60)
-    s[30:] *= s[29] * (1 - 1e-9) / s[30]
-    rng = np.random.default_rng(0)
-    dw = (spectra.orthonormal(rng, 90, 60) * s) @ spectra.orthonormal(rng, 60, 60).T
-    kept = np.cumsum(s**2) / np.sum(s**2)
-    energy = float(kept[28:30].mean())
-    plain, record = edit_update(torch.from_numpy(dw), energy=energy, spectrum="gram")
-    scaled, of_scaled = edit_update(torch.from_numpy(dw) * 10.0**exponent, energy=energy, spectrum="gram")
+    dw, energy = with_a_gap((90, 60), 30, 1e-9)
+    plain, record = edit_update(dw, energy=energy, spectrum="gram")
+    scaled, of_scaled = edit_update(dw * 10.0**exponent, energy=energy, spectrum="gram")
     assert record.k == of_scaled.k == 30
     assert torch.allclose(scaled / 10.0**exponent, plain, atol=1e-6 * float(plain.abs().max()), rtol=0)
 

@@ -10,7 +10,7 @@ from scipy.linalg import lapack
 
 from mergekit_monosoup.spectral import tridiagonal
 from mergekit_monosoup.spectral.compiled import tridiagonal_form
-from mergekit_monosoup.spectral.crew import at_work
+from mergekit_monosoup.spectral.crew import at_work, torch_threads
 from mergekit_monosoup.spectral.eigen import TridiagonalEigen
 from mergekit_monosoup.spectral.reflectors import Reflectors
 from mergekit_monosoup.spectral.tridiagonal import SymmetricTridiagonal
@@ -153,14 +153,9 @@ def test_directions_that_need_no_reflector():
 def test_vectors_do_not_depend_on_the_number_of_threads(threads, dtype):
     factor = torch.randn(700, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gram = (factor.T @ factor).to(dtype)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with at_work(gram.device, 1 << 20):
-            eigen = TridiagonalEigen(gram.clone())
-            vectors = eigen.vectors(100, 300).double()
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(threads), at_work(gram.device, 1 << 20):
+        eigen = TridiagonalEigen(gram.clone())
+        vectors = eigen.vectors(100, 300).double()
     exact, _ = torch.linalg.eigh(gram.double())
     assert torch.allclose(eigen.values, exact, atol=float(3e-7 * exact[-1]))
     assert torch.allclose(vectors.T @ vectors, torch.eye(200, dtype=torch.float64), atol=2e-6)

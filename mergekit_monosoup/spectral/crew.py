@@ -7,7 +7,6 @@ converts its blocks and multiplies them while they lie in its cache, with BLAS a
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -20,6 +19,7 @@ import torch
 from threadpoolctl import OpenBLASController, ThreadpoolController
 
 from mergekit_monosoup.spectral.idle import threads_sleep
+from mergekit_monosoup.spectral.process_setting import ProcessSetting
 
 # Entries of a tensor for which a further thread is worth its while.
 _SHARE = 1 << 16
@@ -160,33 +160,24 @@ def _begin() -> None:
     torch.set_num_threads(1)
 
 
-class _OneBlasThread:
-    """Keep BLAS to one thread, a setting of the process: the first who asks changes it, the last restores it.
+def _limit_blas() -> Callable[[], object]:
+    _let_any_thread_limit()
+    limited = _libraries().limit(limits=1)
+    _let_any_thread_limit()
 
-    The last may be another thread than the first. Newer versions of threadpoolctl let only one thread change
-    the number until that says it is done.
-    """
+    def restore() -> None:
+        _let_any_thread_limit()
+        limited.restore_original_limits()
+        _let_any_thread_limit()
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._limited: Any = None
+    return restore
 
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._users == 0:
-                _let_any_thread_limit()
-                self._limited = _libraries().limit(limits=1)
-                _let_any_thread_limit()
-            self._users += 1
 
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                _let_any_thread_limit()
-                self._limited.restore_original_limits()
-                _let_any_thread_limit()
+def _let_any_thread_limit() -> None:
+    """Newer versions of threadpoolctl let one thread alone change the number, until it is said to be done."""
+    clear = getattr(OpenBLASController, "clear_controlling_thread", None)
+    if clear is not None:
+        clear(force=True)
 
 
 @cache
@@ -194,10 +185,4 @@ def _libraries() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
 
-def _let_any_thread_limit() -> None:
-    clear = getattr(OpenBLASController, "clear_controlling_thread", None)
-    if clear is not None:
-        clear(force=True)
-
-
-_ONE_BLAS_THREAD = _OneBlasThread()
+_ONE_BLAS_THREAD = ProcessSetting(_limit_blas)

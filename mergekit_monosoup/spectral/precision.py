@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-_LOCK = threading.Lock()
-_users = 0
-_before = "highest"
+from mergekit_monosoup.spectral.process_setting import ProcessSetting
 
 
 @contextmanager
@@ -24,20 +21,19 @@ def full_float32(device: torch.device) -> Iterator[None]:
     relative to dW, about 5e-4 |dW| with TF32, below a tenth of bf16's spacing where
     ||dW|| < 0.1 ||W0||.
     """
-    global _users, _before
     if device.type == "cpu":
         yield
         return
-    with _LOCK:
-        if _users == 0:
-            _before = torch.get_float32_matmul_precision()
-            if _before != "highest":
-                torch.set_float32_matmul_precision("highest")
-        _users += 1
-    try:
+    with _HIGHEST:
         yield
-    finally:
-        with _LOCK:
-            _users -= 1
-            if _users == 0 and _before != "highest":
-                torch.set_float32_matmul_precision(_before)
+
+
+def _raise_precision() -> Callable[[], object]:
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        return lambda: None
+    torch.set_float32_matmul_precision("highest")
+    return lambda: torch.set_float32_matmul_precision(before)
+
+
+_HIGHEST = ProcessSetting(_raise_precision)
