@@ -73,7 +73,7 @@ def measured_merge(method: str, folders: list[Path], out: Path) -> dict[str, flo
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    from mergekit_monosoup.methods import stored
+    from mergekit_monosoup.alignment import stored
     from mergekit_monosoup.registry import register
 
     register()

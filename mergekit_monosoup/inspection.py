@@ -11,13 +11,13 @@ from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from torch import Tensor
 
+from mergekit_monosoup.checkpoint.float8 import FLOAT8, dequantise, missing_scale
+from mergekit_monosoup.checkpoint.lineage import Relation, unrelated
+from mergekit_monosoup.checkpoint.scales import is_scale, scale_name
 from mergekit_monosoup.errors import InputError, NonFiniteError, ShapeMismatchError
-from mergekit_monosoup.float8 import FLOAT8, dequantise, missing_scale
-from mergekit_monosoup.lineage import Relation, unrelated
 from mergekit_monosoup.methods.reporting import relation_of
 from mergekit_monosoup.report.measure import edit_fields, frobenius_norm, tensor_record
 from mergekit_monosoup.report.schema import Action, SpectrumCurve, TensorRecord
-from mergekit_monosoup.scales import is_scale, scale_name
 from mergekit_monosoup.spectral.analysis import Analysis, analyse_update, spectrum_points
 from mergekit_monosoup.spectral.matrix import choose_view
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mergekit_monosoup.errors import InputError, MonoSoupError, NonFiniteError
-from mergekit_monosoup.planning.headers import (
+from mergekit_monosoup.checkpoint.headers import (
     StoredTensor,
     read_folder,
     read_index,
     read_safetensors_header,
 )
+from mergekit_monosoup.errors import InputError, MonoSoupError, NonFiniteError
 from mergekit_monosoup.planning.output import STAGING
 
 # What a merge, an editor or the Hub's client leaves beside a model.

@@ -14,8 +14,8 @@ from mergekit.merge_methods import MergeMethod, merge_state_dicts
 from mergekit.merge_methods.base import PerGroupValues
 from torch import Tensor, nn
 
+from mergekit_monosoup.checkpoint.float8 import dequantise_state_dict
 from mergekit_monosoup.errors import ConfigurationError, InputError, MissingTensorError
-from mergekit_monosoup.float8 import dequantise_state_dict
 from mergekit_monosoup.methods.outcomes import Outcome, outcomes
 from mergekit_monosoup.registry import our_methods
 from mergekit_monosoup.report.recorder import Recorder, new_header, recording

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from test_plan import merged, planned
 
 from mergekit_monosoup.cli import main
-from mergekit_monosoup.progress import progress
+from mergekit_monosoup.merging.progress import progress
 from mergekit_monosoup.report.figures import by_change, change, place
 from mergekit_monosoup.report.reader import read_report
 from mergekit_monosoup.report.schema import TensorRecord
@@ -233,7 +233,7 @@ class TestCard:
             assert (out / path).is_file()
 
     def test_hub_models_are_named_as_bases(self, tmp_path):
-        from mergekit_monosoup.card import write_card
+        from mergekit_monosoup.merging.card import write_card
 
         config = recipe("org/base", "org/tuned")
         write_card(yaml.safe_dump(config), tmp_path, "name")

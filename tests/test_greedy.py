@@ -18,9 +18,9 @@ from soups import write_relatives
 
 from mergekit_monosoup.cli import main
 from mergekit_monosoup.errors import InputError, ParameterError
-from mergekit_monosoup.greedy.evaluation import Evaluation, digest_of_checkpoint
-from mergekit_monosoup.greedy.journal import Journal
-from mergekit_monosoup.greedy.search import greedy_soup
+from mergekit_monosoup.search.evaluation import Evaluation, digest_of_checkpoint
+from mergekit_monosoup.search.greedy import greedy_soup
+from mergekit_monosoup.search.journal import Journal
 
 TENSOR = "model.layers.1.mlp.up_proj.weight"
 

@@ -273,7 +273,9 @@ def test_verbose_logs_a_line_a_tensor(tmp_path, family, caplog):
     models = family("qwen3-tied", "bf16")
     with caplog.at_level(logging.INFO, "mergekit_monosoup"):
         merged(tmp_path, recipe(models.base, models.tuned[0]))
-    lines = [record.message for record in caplog.records if record.name == "mergekit_monosoup.progress"]
+    lines = [
+        record.message for record in caplog.records if record.name == "mergekit_monosoup.merging.progress"
+    ]
     assert len(lines) == 35
     assert any(re.match(rf"{MATRIX}: edited: k \d+, r 40, lambda_high", line) for line in lines)
 

@@ -22,8 +22,8 @@ from families import BY_KEY, write_pair
 from safetensors.torch import save_file
 
 from mergekit_monosoup import edit_state_dict
+from mergekit_monosoup.checkpoint.float8 import dequantise
 from mergekit_monosoup.errors import QuantizedWeightError
-from mergekit_monosoup.float8 import dequantise
 
 pytestmark = pytest.mark.usefixtures("registered", "one_thread")
 

@@ -14,8 +14,8 @@ import click
 from mergekit_monosoup.cli.failure import reported_errors
 
 if TYPE_CHECKING:
+    from mergekit_monosoup.alignment.stored import Alignment
     from mergekit_monosoup.alignment.summary import AlignmentSummary
-    from mergekit_monosoup.methods.stored import Alignment
 
 
 @click.command()
@@ -54,9 +54,9 @@ def align(
     from mergekit.options import MergeOptions
 
     from mergekit_monosoup.alignment.selection import DEFAULT_THRESHOLD
+    from mergekit_monosoup.alignment.stored import align_loaders, loader_for
     from mergekit_monosoup.alignment.summary import summarize
-    from mergekit_monosoup.methods.quantized import refuse_quantized_checkpoint
-    from mergekit_monosoup.methods.stored import align_loaders, loader_for
+    from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
 
     if len(checkpoints) < 2:
         raise click.UsageError("give the base and at least two checkpoints fine-tuned from it")

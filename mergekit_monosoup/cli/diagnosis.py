@@ -197,7 +197,7 @@ def register_here() -> None:
 def import_merge() -> None:
     """Import what `mergekit-monosoup merge` needs, without running it."""
     importlib.import_module("mergekit_monosoup.cli.merge")
-    importlib.import_module("mergekit_monosoup.merging")
+    importlib.import_module("mergekit_monosoup.merging.run")
 
 
 def _import_problem(error: str) -> Problem:

@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_monosoup.cli.failure import reported_errors
 
 if TYPE_CHECKING:
-    from mergekit_monosoup.greedy.search import GreedySoup
+    from mergekit_monosoup.search.greedy import GreedySoup
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -55,10 +55,10 @@ def greedy(
     of what was scored, so that an interrupted search resumes. Works for any model mergekit can merge.
     """
     from mergekit_monosoup.errors import ConfigurationError
-    from mergekit_monosoup.greedy.evaluation import Evaluation
-    from mergekit_monosoup.greedy.journal import Journal
-    from mergekit_monosoup.greedy.kitchen import Kitchen
-    from mergekit_monosoup.greedy.search import greedy_soup
+    from mergekit_monosoup.search.evaluation import Evaluation
+    from mergekit_monosoup.search.greedy import greedy_soup
+    from mergekit_monosoup.search.journal import Journal
+    from mergekit_monosoup.search.kitchen import Kitchen
 
     if len(checkpoints) < 2:
         raise click.UsageError("give at least two checkpoints")

@@ -52,7 +52,7 @@ def inspect(
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
     from mergekit_monosoup.inspection import Inspection
-    from mergekit_monosoup.progress import progress
+    from mergekit_monosoup.merging.progress import progress
     from mergekit_monosoup.report.inputs import InputHashes
     from mergekit_monosoup.report.recorder import Recorder, new_header
 

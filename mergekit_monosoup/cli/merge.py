@@ -33,7 +33,7 @@ def merge(
     `plan` before anything is downloaded, and puts files into OUT_PATH only when the whole merge has
     succeeded.
     """
-    from mergekit_monosoup.merging import merge_to_folder
+    from mergekit_monosoup.merging.run import merge_to_folder
     from mergekit_monosoup.registry import register
 
     merge_options.apply_global_options()

@@ -40,9 +40,9 @@ def push(
         raise click.UsageError("--create-pr opens a pull request on the main branch; leave out --revision")
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
     log = logging.getLogger(__name__)
-    from mergekit_monosoup.planning.headers import read_folder
+    from mergekit_monosoup.checkpoint.headers import read_folder
+    from mergekit_monosoup.merging.progress import progress
     from mergekit_monosoup.planning.output import gigabytes
-    from mergekit_monosoup.progress import progress
     from mergekit_monosoup.publishing import check_folder, upload
 
     with reported_errors():

@@ -9,6 +9,8 @@ import torch
 from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from torch import Tensor
 
+from mergekit_monosoup.checkpoint.dequantised import dequantised
+from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
 from mergekit_monosoup.errors import (
     ConfigurationError,
     MissingBaseError,
@@ -18,9 +20,7 @@ from mergekit_monosoup.errors import (
     QuantizedWeightError,
     ShapeMismatchError,
 )
-from mergekit_monosoup.methods.dequantised import dequantised
 from mergekit_monosoup.methods.ledger import LEDGER
-from mergekit_monosoup.methods.quantized import refuse_quantized_checkpoint
 from mergekit_monosoup.methods.reporting import begin_merge
 
 

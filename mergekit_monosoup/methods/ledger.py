@@ -52,7 +52,7 @@ class Ledger:
         for model in self.models:
             lost = _lost(model, self.planned)
             if lost:
-                from mergekit_monosoup.coverage import describe
+                from mergekit_monosoup.checkpoint.coverage import describe
 
                 LOG.warning(
                     "%d tensors of %s will not be in the merged model, because mergekit's definition of "
@@ -69,7 +69,7 @@ def _lost(model: ModelReference, planned: set[str]) -> list[str]:
     from mergekit.architecture import arch_info_for_config
     from mergekit.io.tasks import LoaderCache
 
-    from mergekit_monosoup.coverage import check_coverage, weights_named
+    from mergekit_monosoup.checkpoint.coverage import check_coverage, weights_named
 
     loader = LoaderCache.loaders.get(model)
     if loader is None:

@@ -17,7 +17,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_monosoup.lineage import Relation, relation, unrelated
+from mergekit_monosoup.checkpoint.lineage import Relation, relation, unrelated
 from mergekit_monosoup.methods.outcomes import Outcome, tell
 from mergekit_monosoup.report.inputs import InputHashes
 from mergekit_monosoup.report.measure import tensor_record

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from mergekit_monosoup.alignment.average import towards_average
 from mergekit_monosoup.alignment.selection import DEFAULT_THRESHOLD, Layers, considered_in_order
+from mergekit_monosoup.alignment.soup_decision import SoupDecision, in_words, soup_decision
+from mergekit_monosoup.alignment.stored import Alignment, Refine, align, align_loaders, loader_for
 from mergekit_monosoup.errors import ConfigurationError, NonFiniteError, ParameterError
 from mergekit_monosoup.methods.adapters import EXACT_LORA, with_exact_weights
 from mergekit_monosoup.methods.contract import UpdateMethod, specification
@@ -36,8 +38,6 @@ from mergekit_monosoup.methods.merge_plan import (
 )
 from mergekit_monosoup.methods.parameters import choice, number, optional_number
 from mergekit_monosoup.methods.reporting import REPORT, note
-from mergekit_monosoup.methods.soup_decision import SoupDecision, in_words, soup_decision
-from mergekit_monosoup.methods.stored import Alignment, Refine, align, align_loaders, loader_for
 
 LOG = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.errors import InputError
-from mergekit_monosoup.planning.headers import Checkpoint
 
 
 class UnknownArchitectureError(InputError):

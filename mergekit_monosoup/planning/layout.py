@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mergekit_monosoup.checkpoint.headers import Checkpoint
+from mergekit_monosoup.checkpoint.naming import misfit, shared_names, weight_names
 from mergekit_monosoup.errors import ConfigurationError, InputError
 from mergekit_monosoup.planning.architecture import (
     Architecture,
@@ -14,9 +16,7 @@ from mergekit_monosoup.planning.architecture import (
     json_architecture,
 )
 from mergekit_monosoup.planning.catalogue import Method
-from mergekit_monosoup.planning.headers import Checkpoint
 from mergekit_monosoup.planning.models import parse_reference
-from mergekit_monosoup.planning.naming import misfit, shared_names, weight_names
 from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source
 from mergekit_monosoup.planning.problems import Problems, nearest
 from mergekit_monosoup.planning.recipe import Recipe, model_uses

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mergekit_monosoup.checkpoint.headers import Checkpoint, is_local, read_folder
+from mergekit_monosoup.checkpoint.hub import read_hub
 from mergekit_monosoup.errors import ConfigurationError, InputError
-from mergekit_monosoup.planning.headers import Checkpoint, is_local, read_folder
-from mergekit_monosoup.planning.hub import read_hub
 from mergekit_monosoup.planning.problems import Problems
 from mergekit_monosoup.planning.recipe import Recipe, model_uses
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_monosoup.checkpoint.headers import Checkpoint
+from mergekit_monosoup.checkpoint.values import can_check, check_base
 from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.planning.catalogue import Method, find_method
 from mergekit_monosoup.planning.estimate import Estimate, calibrate, estimate, free_bytes
-from mergekit_monosoup.planning.headers import Checkpoint
 from mergekit_monosoup.planning.layout import plan_tensors
 from mergekit_monosoup.planning.models import parse_reference, read_models
 from mergekit_monosoup.planning.output import check_output
@@ -18,7 +19,6 @@ from mergekit_monosoup.planning.planned import PlannedTensor
 from mergekit_monosoup.planning.problems import Problems, nearest
 from mergekit_monosoup.planning.recipe import Recipe, check_shape, model_uses, read_recipe
 from mergekit_monosoup.planning.settings import check_filters, check_parameters
-from mergekit_monosoup.planning.values import can_check, check_base
 
 DEFAULT_SHARD_BYTES = 5e9
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_monosoup.planning.headers import Checkpoint
+from mergekit_monosoup.checkpoint.headers import Checkpoint
 
 
 @dataclass(frozen=True)

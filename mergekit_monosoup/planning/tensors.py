@@ -6,15 +6,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor, bytes_per_entry
+from mergekit_monosoup.checkpoint.naming import gradient_positions, weight_names
+from mergekit_monosoup.checkpoint.storage import promoted_dtype, refused_storage
 from mergekit_monosoup.planning.architecture import Architecture, Weight
 from mergekit_monosoup.planning.catalogue import Method
-from mergekit_monosoup.planning.headers import Checkpoint, StoredTensor, bytes_per_entry
-from mergekit_monosoup.planning.naming import gradient_positions, weight_names
 from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source
 from mergekit_monosoup.planning.problems import Problems
 from mergekit_monosoup.planning.recipe import Recipe
 from mergekit_monosoup.planning.settings import resolve
-from mergekit_monosoup.planning.storage import promoted_dtype, refused_storage
 from mergekit_monosoup.spectral.matrix import MatrixView, choose_view
 
 

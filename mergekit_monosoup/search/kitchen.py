@@ -16,9 +16,9 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_monosoup.errors import ConfigurationError
-from mergekit_monosoup.greedy.evaluation import Evaluation, digest_of_checkpoint
-from mergekit_monosoup.greedy.journal import Journal
-from mergekit_monosoup.merging import merge_to_folder
+from mergekit_monosoup.merging.run import merge_to_folder
+from mergekit_monosoup.search.evaluation import Evaluation, digest_of_checkpoint
+from mergekit_monosoup.search.journal import Journal
 
 LOG = logging.getLogger(__name__)
 

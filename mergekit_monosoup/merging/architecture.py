@@ -32,14 +32,14 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel
 from transformers import PretrainedConfig
 
-from mergekit_monosoup.coverage import (
+from mergekit_monosoup.checkpoint.coverage import (
     canonical_names,
     check_coverage,
     describe,
     tensor_names,
 )
+from mergekit_monosoup.checkpoint.scales import is_scale
 from mergekit_monosoup.errors import InputError, MissingTensorError
-from mergekit_monosoup.scales import is_scale
 
 LOG = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from mergekit_monosoup.checkpoint.scales import SCALE_SUFFIXES, is_scale, scale_name
 from mergekit_monosoup.errors import QuantizedWeightError
-from mergekit_monosoup.scales import SCALE_SUFFIXES, is_scale, scale_name
 
 FLOAT8 = frozenset(
     getattr(torch, name)

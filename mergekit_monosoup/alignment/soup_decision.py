@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_monosoup.alignment.selection import select_soup
-from mergekit_monosoup.methods.stored import Alignment
+from mergekit_monosoup.alignment.stored import Alignment
 
 
 @dataclass(frozen=True)

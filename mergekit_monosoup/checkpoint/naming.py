@@ -1,7 +1,7 @@
 """Tensors by their names in the files, where mergekit's definition of an architecture does not fit.
 
-The merge does the same (see `mergekit_monosoup.architecture`); what is slow to import is imported only
-for checkpoints that need it.
+The merge does the same (see `merging/architecture.py`); what is slow to import is imported only for
+checkpoints that need it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from mergekit_monosoup.checkpoint.headers import Checkpoint
+from mergekit_monosoup.checkpoint.scales import is_scale
 from mergekit_monosoup.planning.architecture import Weight
-from mergekit_monosoup.planning.headers import Checkpoint
-from mergekit_monosoup.scales import is_scale
 
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 
@@ -27,7 +27,7 @@ def shared_names(checkpoints: Sequence[Checkpoint]) -> list[tuple[str, ...]] | N
     names = [weight_names(checkpoint) for checkpoint in checkpoints]
     if all(set(other) == set(names[0]) for other in names[1:]):
         return [(name,) * len(names) for name in names[0]]
-    from mergekit_monosoup.coverage import canonical_names
+    from mergekit_monosoup.checkpoint.coverage import canonical_names
 
     maps = [
         canonical_names(held, checkpoint.config.get("model_type"))
@@ -60,7 +60,7 @@ def misfit(asked: Mapping[str, Sequence[Weight]], models: Sequence[Checkpoint], 
         models: the checkpoints.
         label: what messages call the architecture.
     """
-    from mergekit_monosoup.coverage import check_coverage, describe
+    from mergekit_monosoup.checkpoint.coverage import check_coverage, describe
 
     lost = None
     for checkpoint in models:

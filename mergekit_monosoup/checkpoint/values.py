@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_monosoup.lineage import Relation, relation, unrelated
-from mergekit_monosoup.planning.headers import Checkpoint, StoredTensor
+from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor
+from mergekit_monosoup.checkpoint.lineage import Relation, relation, unrelated
 
 _TENSORS = 9
 _ENTRIES = 1 << 14

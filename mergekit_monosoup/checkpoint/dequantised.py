@@ -7,15 +7,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from torch import Tensor
 
+from mergekit_monosoup.checkpoint.float8 import DEQUANTISED, FLOAT8, dequantise, missing_scale
+from mergekit_monosoup.checkpoint.scales import is_scale, scale_name
 from mergekit_monosoup.errors import QuantizedWeightError
-from mergekit_monosoup.float8 import DEQUANTISED, FLOAT8, dequantise, missing_scale
-from mergekit_monosoup.scales import is_scale, scale_name
 
 if TYPE_CHECKING:
     from mergekit.io import LazyTensorLoader
+    from mergekit.merge_methods.base import TensorEntry, TensorGroup
 
 
 def dequantised(group: TensorGroup) -> tuple[TensorGroup, torch.dtype]:

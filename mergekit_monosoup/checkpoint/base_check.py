@@ -8,11 +8,11 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 
+from mergekit_monosoup.checkpoint.headers import read_folder
+from mergekit_monosoup.checkpoint.lineage import Relation, unrelated
+from mergekit_monosoup.checkpoint.values import check_base
 from mergekit_monosoup.errors import InputError
-from mergekit_monosoup.lineage import Relation, unrelated
 from mergekit_monosoup.methods.reporting import relation_of
-from mergekit_monosoup.planning.headers import read_folder
-from mergekit_monosoup.planning.values import check_base
 
 _SAMPLED_TENSORS = 9
 

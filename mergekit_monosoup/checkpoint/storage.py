@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mergekit_monosoup.planning.headers import Checkpoint, StoredTensor
-from mergekit_monosoup.scales import scale_name
+from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor
+from mergekit_monosoup.checkpoint.scales import scale_name
 
 _WEIGHT_SUFFIXES = ("weight", "qweight", "weight_packed", "blocks", "W_q", "weight:_data")
 

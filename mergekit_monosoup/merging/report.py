@@ -9,9 +9,9 @@ from typing import Literal
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_monosoup.checkpoint.headers import StoredTensor, read_folder
+from mergekit_monosoup.merging.progress import Progress
 from mergekit_monosoup.methods.reporting import checkpoint_folder
-from mergekit_monosoup.planning.headers import StoredTensor, read_folder
-from mergekit_monosoup.progress import Progress
 from mergekit_monosoup.report.inputs import InputHashes
 from mergekit_monosoup.report.reader import FILE_NAME
 from mergekit_monosoup.report.recorder import Recorder, new_header

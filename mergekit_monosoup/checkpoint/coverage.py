@@ -11,7 +11,7 @@ from mergekit.common import ModelReference
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from mergekit_monosoup.scales import is_scale
+from mergekit_monosoup.checkpoint.scales import is_scale
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,18 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from mergekit_monosoup.architecture import fitting_architecture
-from mergekit_monosoup.base_check import check_bases
-from mergekit_monosoup.card import write_card
+from mergekit_monosoup.checkpoint.base_check import check_bases
+from mergekit_monosoup.checkpoint.dequantised import has_scales
+from mergekit_monosoup.checkpoint.quantized import config_written_here
 from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.lora.cache import prepare_lora_cache
-from mergekit_monosoup.merge_report import merge_recorder, record_copied
-from mergekit_monosoup.methods.dequantised import has_scales
-from mergekit_monosoup.methods.quantized import config_written_here
+from mergekit_monosoup.merging.architecture import fitting_architecture
+from mergekit_monosoup.merging.card import write_card
+from mergekit_monosoup.merging.progress import progress
+from mergekit_monosoup.merging.report import merge_recorder, record_copied
 from mergekit_monosoup.methods.sfgs import recorded_decisions
 from mergekit_monosoup.planning.output import STAGING
 from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
-from mergekit_monosoup.progress import progress
 from mergekit_monosoup.report.recorder import close_files, recording
 
 LOG = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mergekit_monosoup.checkpoint.headers import DTYPES, Checkpoint, StoredTensor, read_folder
 from mergekit_monosoup.errors import InputError
-from mergekit_monosoup.planning.headers import DTYPES, Checkpoint, StoredTensor, read_folder
 from mergekit_monosoup.report.inputs import cached_revision
 
 

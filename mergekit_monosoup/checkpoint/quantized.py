@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from mergekit_monosoup.checkpoint.float8 import missing_scale
+from mergekit_monosoup.checkpoint.scales import scale_name
 from mergekit_monosoup.errors import QuantizedWeightError
-from mergekit_monosoup.float8 import missing_scale
-from mergekit_monosoup.scales import scale_name
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference

@@ -1,1 +1,0 @@
-"""Greedy Soup: average checkpoints one by one as long as a held-out score improves."""

@@ -1,0 +1,1 @@
+"""How an edit is chosen by its user's own scores."""
