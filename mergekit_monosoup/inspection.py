@@ -12,16 +12,14 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from torch import Tensor
 
 from mergekit_monosoup.checkpoint.float8 import FLOAT8, dequantise, missing_scale
-from mergekit_monosoup.checkpoint.lineage import Relation, unrelated
+from mergekit_monosoup.checkpoint.lineage import BaseWatch
 from mergekit_monosoup.checkpoint.scales import is_scale, scale_name
 from mergekit_monosoup.errors import InputError, NonFiniteError, ShapeMismatchError
-from mergekit_monosoup.methods.reporting import relation_of
 from mergekit_monosoup.report.measure import edit_fields, frobenius_norm, tensor_record
+from mergekit_monosoup.report.rounding import sample
 from mergekit_monosoup.report.schema import Action, SpectrumCurve, TensorRecord
 from mergekit_monosoup.spectral.analysis import Analysis, analyse_update, spectrum_points
 from mergekit_monosoup.spectral.matrix import choose_view
-
-_SAMPLED_TENSORS = 9
 
 
 class Inspection:
@@ -39,7 +37,8 @@ class Inspection:
         """
         self.names = [base, *finetuned]
         self._loaders = [_loader(name, cache_dir) for name in self.names]
-        self._relations: dict[str, list[Relation]] = {name: [] for name in finetuned}
+        self._watch = BaseWatch()
+        self._message: str | None = None
 
     @property
     def folders(self) -> list[Path]:
@@ -80,12 +79,10 @@ class Inspection:
             if select(name):
                 yield self._record(name, energies, device)
 
+    @property
     def base_message(self) -> str | None:
-        """Return what the tensors seen so far say against the base, None where nothing does."""
-        for name, relations in self._relations.items():
-            if (message := unrelated(self.names[0], name, relations)) is not None:
-                return message
-        return None
+        """What the tensors seen so far say against the base, None where nothing does."""
+        return self._message
 
     def _record(self, name: str, energies: Sequence[float], device: str) -> TensorRecord:
         stored = [
@@ -113,7 +110,7 @@ class Inspection:
         matrix = view.decomposes
         if matrix:
             for label, tensor in zip(self.names[1:], stored[1:], strict=True):
-                self._watch(name, label, stored[0], tensor)
+                self._look_at_base(name, label, stored[0], tensor)
         analysis = analyse_update(mean, energies, view) if matrix else None
         action: Action = "edited" if matrix else ("kept" if len(updates) == 1 else "averaged")
         return tensor_record(
@@ -130,12 +127,12 @@ class Inspection:
             cosines=self._cosines(updates),
         )
 
-    def _watch(self, name: str, label: str, base: Tensor, finetuned: Tensor) -> None:
-        relations = self._relations[label]
-        if len(relations) < _SAMPLED_TENSORS:
-            found = relation_of(name, base, finetuned)
-            if found is not None:
-                relations.append(found)
+    def _look_at_base(self, name: str, label: str, base: Tensor, finetuned: Tensor) -> None:
+        if self._watch.has_seen_enough(label):
+            return
+        w0, w1 = (sample(tensor).double().cpu().numpy() for tensor in (base, finetuned))
+        found = self._watch.see(self.names[0], label, name, w0, w1)
+        self._message = self._message or found
 
     def _cosines(self, updates: Sequence[Tensor]) -> dict[str, float | None]:
         labels = _short_names(self.names[1:])

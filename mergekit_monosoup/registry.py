@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from mergekit_monosoup.errors import RegistrationError
 
 if TYPE_CHECKING:
-    from mergekit.merge_methods import MergeMethod
+    from mergekit_monosoup.merging.stock import Stock
+    from mergekit_monosoup.methods.contract import UpdateMethod
 
 
-def our_methods() -> tuple[MergeMethod, ...]:
-    """Return one instance of each merge method of this package."""
-    from mergekit_monosoup.methods.model_stock import MODEL_STOCK
-    from mergekit_monosoup.methods.monosoup import MONOSOUP
-    from mergekit_monosoup.methods.sfgs import SFGS
+@cache
+def our_methods() -> tuple[UpdateMethod, ...]:
+    """Return the merge methods of this package, as mergekit's own commands use them."""
+    from mergekit_monosoup.methods.model_stock import ModelStock
+    from mergekit_monosoup.methods.monosoup import MonoSoup
+    from mergekit_monosoup.methods.sfgs import SimilarityFilteredGreedySoup
 
-    return (MONOSOUP, MODEL_STOCK, SFGS)
+    return (MonoSoup(stock()), ModelStock(stock()), SimilarityFilteredGreedySoup(stock()))
+
+
+@cache
+def stock() -> Stock:
+    """Return what keeps the merges of mergekit's own commands in this process."""
+    from mergekit_monosoup.merging.stock import Stock
+
+    return Stock()
 
 
 def method_names() -> tuple[str, ...]:

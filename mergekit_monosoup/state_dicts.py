@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from mergekit.merge_methods import MergeMethod, merge_state_dicts
-from mergekit.merge_methods.base import PerGroupValues
+from mergekit.merge_methods.base import PerGroupValues, TensorEntry, TensorGroup, TensorMetadata
 from torch import Tensor, nn
 
 from mergekit_monosoup.checkpoint.float8 import dequantise_state_dict
 from mergekit_monosoup.errors import ConfigurationError, InputError, MissingTensorError
-from mergekit_monosoup.methods.outcomes import Outcome, outcomes
+from mergekit_monosoup.methods.contract import MERGE, UpdateMethod
+from mergekit_monosoup.methods.merge import Merge
+from mergekit_monosoup.methods.outcomes import Outcome
 from mergekit_monosoup.registry import our_methods
-from mergekit_monosoup.report.recorder import Recorder, new_header, recording
+from mergekit_monosoup.report.recorder import Recorder, new_header
 
 StateDict = Mapping[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
@@ -91,21 +92,32 @@ def edit_state_dict(
     merged: dict[str, Tensor] = {name: first[name].clone() for name in reasons}
     found = {name: Outcome(name, "copied", reason) for name, reason in reasons.items()}
     shared = _shared_storage([name for name in first if name not in merged], w0, tuned)
-    with _reported(method, report):
-        for names in _chunks([name for name, owner in shared.items() if owner == name], first):
+    owners = [name for name, owner in shared.items() if owner == name]
+    collected: list[Outcome] = []
+    with ExitStack() as files:
+        # One file, in however many parts the weights are merged.
+        recorder = Recorder(new_header(method=method), Path(report)) if report is not None else None
+        if recorder is not None:
+            files.enter_context(recorder)
+        merge = Merge(
+            "base",
+            tuple(f"finetuned {i}" for i in range(1, len(tuned) + 1)),
+            on_outcome=[collected.append],
+            on_record=[recorder.add] if recorder is not None else [],
+        )
+        bound = merge_method.within(merge)
+        # As they lie: nothing is moved for a decision over all of them.
+        groups = [_group(name, w0, tuned) for name in owners]
+        bound.begin(groups, [{**p, MERGE: merge} for p in _bound(bound, groups, parameters, owners)])
+        for names in _chunks(owners, first):
             place = torch.device(device) if device is not None else first[names[0]].device
-            inputs = {"base": {name: w0[name].to(place) for name in names}}
-            for index, model in enumerate(tuned, 1):
-                inputs[f"finetuned {index}"] = {name: model[name].to(place) for name in names}
-            with outcomes() as collected:
-                results = merge_state_dicts(
-                    inputs, merge_method, parameters=_for_names(parameters, names), base="base"
-                )
-            for name, tensor in results.items():
+            parts = [_group(name, w0, tuned, place) for name in names]
+            results = bound(parts, parameters=_for_names(parameters, names))
+            for name, tensor in zip(names, results, strict=True):
                 result = tensor.to(first[name].device, first[name].dtype)
                 # A tensor that is kept comes back as it went in.
                 merged[name] = result.clone() if result.data_ptr() == first[name].data_ptr() else result
-            found |= {outcome.tensor: outcome for outcome in collected}
+    found |= {outcome.tensor: outcome for outcome in collected}
     for name, owner in shared.items():
         if owner != name:
             merged[name] = merged[owner]
@@ -140,14 +152,19 @@ def edit_module(
     return module, edited.outcomes
 
 
-@contextmanager
-def _reported(method: str, file: Any) -> Iterator[None]:
-    """Write the parameter `report`'s file as one, in however many parts the weights are merged."""
-    if file is None:
-        yield
-        return
-    with Recorder(new_header(method=method), Path(file)) as recorder, recording(recorder):
-        yield
+def _group(
+    name: str, base: StateDict, tuned: Sequence[StateDict], device: torch.device | None = None
+) -> TensorGroup:
+    entries = [TensorEntry("base", base[name].to(device), is_base=True)]
+    entries += [TensorEntry(f"finetuned {i}", state[name].to(device)) for i, state in enumerate(tuned, 1)]
+    return TensorGroup(tuple(entries), TensorMetadata(name))
+
+
+def _bound(
+    method: UpdateMethod, groups: Sequence[TensorGroup], parameters: Mapping[str, Any], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    bound: list[dict[str, Any]] = method._bind_parameters(groups, _for_names(parameters, names))
+    return bound
 
 
 def _plain(model: StateDict | nn.Module, label: str) -> dict[str, Tensor]:
@@ -221,7 +238,7 @@ def _for_names(parameters: Mapping[str, Any], names: Sequence[str]) -> dict[str,
     }
 
 
-def _checked_method(name: str, parameters: Mapping[str, Any]) -> MergeMethod:
+def _checked_method(name: str, parameters: Mapping[str, Any]) -> UpdateMethod:
     methods = {method.spec.name: method for method in our_methods()}
     if name not in methods:
         raise ConfigurationError(f"method {name!r} is not one of {', '.join(methods)}")

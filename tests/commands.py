@@ -68,15 +68,12 @@ def write_config(folder: Path, *documents: dict[str, Any]) -> Path:
 
 
 def forget_loaders() -> None:
-    """Drop what a process keeps for its life: mergekit's loaders and their options, our adapters."""
+    """Drop what a process keeps for its life: mergekit's loaders and their options."""
     from mergekit.io.tasks import LoaderCache
     from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
 
-    from mergekit_monosoup.lora import exact
-
     LoaderCache().loaders.clear()
     SimpleLoaderCache().loaders.clear()
-    exact.forget()
 
 
 def invoke(name: str, *arguments: str | Path) -> click.testing.Result:

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from checkpoints import copy_with_tensors, load_tensors
 
+from mergekit_monosoup.alignment.soup_decision import SoupDecision
+from mergekit_monosoup.methods import sfgs
+
 Tensors = dict[str, torch.Tensor]
+
+
+@contextmanager
+def recorded_decisions() -> Iterator[list[SoupDecision]]:
+    """Collect the decisions that `sfgs` takes inside the block, by whatever road its tensors come."""
+    decisions: list[SoupDecision] = []
+    take = sfgs.soup_decision
+
+    def taken(*arguments):
+        decisions.append(take(*arguments))
+        return decisions[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sfgs, "soup_decision", taken)
+        yield decisions
 
 
 def relatives(base: Mapping[str, torch.Tensor], shares: Sequence[float], size: float = 1e-2) -> list[Tensors]:

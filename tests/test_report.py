@@ -92,7 +92,7 @@ def test_header(tmp_path, family):
 
 
 def test_stock_command_writes_the_file_that_the_recipe_names(tmp_path, family):
-    from mergekit_monosoup.report.recorder import close_files
+    from mergekit_monosoup.registry import stock
 
     models = family("qwen3-tied", "bf16")
     file = tmp_path / "deep" / "report.jsonl"
@@ -100,7 +100,7 @@ def test_stock_command_writes_the_file_that_the_recipe_names(tmp_path, family):
     succeed("mergekit-yaml", write_config(tmp_path, config), tmp_path / "out")
     # Readable at any time; the hashes of the inputs come at the end.
     assert len(read_report(file).records) == 35
-    close_files()
+    stock().close()
     report = read_report(file)
     assert len(report.records) == 35
     assert all(entry.sha256 for model in report.header.inputs for entry in model.files.values())

@@ -9,11 +9,10 @@ from expectations import assert_tensor
 from mergekit.merge_methods.api import merge_state_dicts, merge_tensors
 from mergekit.merge_methods.base import PerGroupValues
 from rounding import as_float64
-from soups import relatives
+from soups import recorded_decisions, relatives
 
 from mergekit_monosoup.alignment.selection import considered_in_order, select_soup
 from mergekit_monosoup.errors import ConfigurationError, MissingTensorError, NonFiniteError, ParameterError
-from mergekit_monosoup.methods.sfgs import recorded_decisions
 
 pytestmark = pytest.mark.usefixtures("registered")
 
@@ -158,8 +157,8 @@ def test_refusals():
         soup(base, tuned, score=[1.0, None, 3.0])
     with pytest.raises(ParameterError, match="whole model, so give one value"):
         soup(base, tuned, threshold=PerGroupValues([0.1, 0.1, 0.1, 0.1, 0.1, 0.2]))
-    with pytest.raises(ParameterError, match="internal"):
-        soup(base, tuned, _plan=1)
+    with pytest.raises(TypeError, match="Unknown parameter"):
+        soup(base, tuned, merge=1)
     with pytest.raises(MissingTensorError, match="layers: all"):
         merge_tensors([base["bias"]] * 3, "sfgs", base_index=0)
     broken = {**tuned[0], "b": torch.full_like(base["b"], torch.nan)}

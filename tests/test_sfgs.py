@@ -27,10 +27,9 @@ from mergekit.merge import _model_out_config, get_architecture_info
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from rounding import as_float64
-from soups import write_relatives
+from soups import recorded_decisions, write_relatives
 
 from mergekit_monosoup.errors import ConfigurationError, ParameterError
-from mergekit_monosoup.methods.sfgs import recorded_decisions
 
 pytestmark = pytest.mark.usefixtures("registered", "fresh_loaders")
 
@@ -210,13 +209,13 @@ def test_threads_share_one_decision(models, caplog):
         except BaseException as error:  # noqa: BLE001 - reported by the main thread
             errors.append(error)
 
-    with recorded_decisions() as decisions:
-        tasks = planned(soup_recipe(base, tuned, threshold=0.3))
+    tasks = planned(soup_recipe(base, tuned, threshold=0.3))
     threads = [threading.Thread(target=work, args=(tasks[i::4],)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with recorded_decisions() as decisions:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert not errors
     assert len(decisions) == 1
     assert sum("Similarity-Filtered" in record.getMessage() for record in caplog.records) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,15 +57,12 @@ def loader_for(model: ModelReference) -> Loader:
     from mergekit.io.tasks import LoaderCache
 
     path = model.model.path
-    loader: Loader
     if os.path.isfile(path):
-        from mergekit.scripts import merge_raw_pytorch
+        from mergekit_monosoup.host import raw_loader
 
-        # Under `python -m` the running command is another module than the importable one.
-        running = getattr(sys.modules.get("__main__"), "SimpleLoaderCache", None)
-        loader = (running or merge_raw_pytorch.SimpleLoaderCache)().get(path)
-    else:
-        loader = LoaderCache().get(model)
+        raw: Loader = raw_loader(path)
+        return raw
+    loader: Loader = LoaderCache().get(model)
     return loader
 
 

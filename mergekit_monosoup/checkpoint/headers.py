@@ -179,23 +179,37 @@ def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
 
 
 def _pickled(folder: Path) -> dict[str, StoredTensor]:
-    # Shapes of pickled weights cannot be had without torch; this is the slow way, and a rare one.
-    import torch
-
     index = folder / f"{_PICKLE}.index.json"
     files = sorted(set(read_index(index).values())) if index.exists() else [_PICKLE]
     tensors = {}
     for name in files:
         if not (folder / name).exists():
             raise InputError(f"{folder / name} is missing; {index.name} names it")
-        try:
-            state = torch.load(folder / name, map_location="meta", weights_only=True)
-        except (RuntimeError, OSError, ValueError, EOFError) as error:
-            raise InputError(f"{folder / name} cannot be read ({error}); download it again") from error
-        for key, value in state.get("state_dict", state).items():
-            dtype = str(value.dtype).removeprefix("torch.")
-            tensors[key] = StoredTensor(key, tuple(value.shape), dtype, name)
+        tensors.update(_read_pickle(folder / name))
     return tensors
+
+
+def _read_pickle(file: Path) -> dict[str, StoredTensor]:
+    # Shapes of pickled weights cannot be had without torch; this is the slow way, and a rare one.
+    import torch
+
+    try:
+        state = torch.load(file, map_location="meta", weights_only=True)
+    except (RuntimeError, OSError, ValueError, EOFError) as error:
+        raise InputError(f"{file} cannot be read ({error}); download it again") from error
+    return {
+        key: StoredTensor(key, tuple(value.shape), str(value.dtype).removeprefix("torch."), file.name)
+        for key, value in state.get("state_dict", state).items()
+    }
+
+
+def header_of(file: Path) -> dict[str, StoredTensor]:
+    """Read which tensors a file of weights holds, safetensors or pickled.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    return read_safetensors_header(file) if file.suffix == ".safetensors" else _read_pickle(file)
 
 
 def bytes_per_entry(dtype: str) -> float:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
+from numpy.typing import NDArray
+
+from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor
+
 # Fine-tuning, even long continued pre-training, leaves cos(W0, W1) well above this; the weights of two
 # separate trainings have a cosine near 0.
 _RELATED = 0.5
+# A checkpoint is judged by this many of its matrices, and not by fewer than the least.
+SAMPLED_TENSORS, _FEWEST_TENSORS = 9, 3
+_ENTRIES = 1 << 14
+_PLAIN = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
 
 
 @dataclass(frozen=True)
@@ -25,20 +35,20 @@ class Relation:
     weight_cosine: float
 
 
-def relation(
-    tensor: str, base: float, finetuned: float, update: float, update_base: float
-) -> Relation | None:
-    """Return the relation that follows from norms and one inner product; None where a tensor is zero.
+def relation(tensor: str, w0: NDArray[np.float64], w1: NDArray[np.float64]) -> Relation | None:
+    """Return the relation of (sampled) entries; None where one of the tensors is zero or not finite.
 
     Args:
         tensor: its name.
-        base, finetuned, update: ||W0||, ||W1||, ||dW||.
-        update_base: <dW, W0>.
+        w0, w1: the same entries of base and fine-tuned tensor, flat.
     """
+    dw = w1 - w0
+    base, finetuned, update = (float(np.linalg.norm(x)) for x in (w0, w1, dw))
     if not (base > 0 and finetuned > 0 and math.isfinite(base + finetuned + update)):
         return None
-    cosine = update_base / (update * base) if update else 0.0
-    return Relation(tensor, update / base, cosine, (base * base + update_base) / (base * finetuned))
+    inner = float(dw @ w0)
+    cosine = inner / (update * base) if update else 0.0
+    return Relation(tensor, update / base, cosine, (base * base + inner) / (base * finetuned))
 
 
 def unrelated(base: str, finetuned: str, relations: Sequence[Relation]) -> str | None:
@@ -56,3 +66,85 @@ def unrelated(base: str, finetuned: str, relations: Sequence[Relation]) -> str |
         f"update is {size:.2f} times as large as the base and its cosine to the base is {cosine:.2f} "
         "(medians), as between unrelated weights; name the checkpoint that the fine-tuning started from"
     )
+
+
+class BaseWatch:
+    """Judge the base by the first matrices of each fine-tuned checkpoint that come by."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: dict[str, list[Relation]] = {}
+        self._warned: set[str] = set()
+
+    def has_seen_enough(self, finetuned: str) -> bool:
+        """Say whether further tensors of a checkpoint need not be looked at."""
+        with self._lock:
+            return finetuned in self._warned or len(self._seen.get(finetuned, ())) >= SAMPLED_TENSORS
+
+    def see(
+        self, base: str, finetuned: str, tensor: str, w0: NDArray[np.float64], w1: NDArray[np.float64]
+    ) -> str | None:
+        """Look at one tensor; return the message for a base that is none, once for each checkpoint."""
+        found = relation(tensor, w0, w1)
+        with self._lock:
+            seen = self._seen.setdefault(finetuned, [])
+            if found is not None:
+                seen.append(found)
+            if finetuned in self._warned or len(seen) < _FEWEST_TENSORS:
+                return None
+            message = unrelated(base, finetuned, seen)
+            if message is not None:
+                self._warned.add(finetuned)
+            return message
+
+
+def check_base(base: Checkpoint, finetuned: Checkpoint) -> str | None:
+    """Return the message for a base that cannot be one, None where nothing speaks against it.
+
+    Reads 16 384 entries from the middle of each of nine matrices, spread over the model, and only from
+    local safetensors files.
+    """
+    common = [
+        name
+        for name, tensor in base.tensors.items()
+        if (other := finetuned.tensors.get(name)) is not None
+        and len(tensor.shape) >= 2
+        and tensor.shape == other.shape
+        and tensor.begin is not None
+        and other.begin is not None
+    ]
+    step = max(1, len(common) // SAMPLED_TENSORS)
+    relations: list[Relation] = []
+    for name in common[step // 2 :: step][:SAMPLED_TENSORS]:
+        w0, w1 = _sample(base, name), _sample(finetuned, name)
+        found = relation(name, w0, w1) if w0 is not None and w1 is not None and w0.shape == w1.shape else None
+        if found is not None:
+            relations.append(found)
+    return unrelated(base.name, finetuned.name, relations)
+
+
+def can_check(models: Sequence[Checkpoint]) -> bool:
+    """Say whether the values of all these checkpoints are at hand."""
+    return all(m.folder is not None and any(t.begin is not None for t in m.tensors.values()) for m in models)
+
+
+def _sample(checkpoint: Checkpoint, name: str) -> NDArray[np.float64] | None:
+    tensor = checkpoint.tensors[name]
+    if checkpoint.folder is None or tensor.begin is None:
+        return None
+    bytes_each = 2 if tensor.dtype == "bfloat16" else np.dtype(_PLAIN.get(tensor.dtype, "u1")).itemsize
+    if tensor.dtype != "bfloat16" and tensor.dtype not in _PLAIN:
+        return None
+    count, start = _window(tensor)
+    with (checkpoint.folder / tensor.file).open("rb") as stream:
+        stream.seek(tensor.begin + start * bytes_each)
+        raw = stream.read(count * bytes_each)
+    if tensor.dtype == "bfloat16":
+        # bfloat16 is the upper half of float32; numpy has no type of its own for it.
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return np.frombuffer(raw, _PLAIN[tensor.dtype]).astype(np.float64)
+
+
+def _window(tensor: StoredTensor) -> tuple[int, int]:
+    count = min(tensor.size, _ENTRIES)
+    return count, (tensor.size - count) // 2

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,23 +23,15 @@ _INTEGER_TYPES = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64
 _FLOAT8_TYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"})
 _FLOAT8_METHODS = frozenset({"fp8", "fbgemm_fp8"})
 
-_config_is_ours = ContextVar("_config_is_ours", default=False)
-
-
-@contextmanager
-def config_written_here() -> Iterator[None]:
-    """Within this context, `config.json` of the merged model is put right after mergekit wrote it."""
-    token = _config_is_ours.set(True)
-    try:
-        yield
-    finally:
-        _config_is_ours.reset(token)
-
 
 def refuse_quantized_checkpoint(model: ModelReference, is_base: bool = False) -> None:
     """Refuse a checkpoint with integer weights, or with float8 weights whose scales are missing.
 
     Reads safetensors headers and `config.json` only, and only of files that mergekit has at hand.
+
+    Args:
+        model: the checkpoint.
+        is_base: refuse a float8 checkpoint whose config.json mergekit's own commands would copy.
 
     Raises:
         QuantizedWeightError: names the file, the tensor, its storage type and the remedy.
@@ -54,7 +44,7 @@ def refuse_quantized_checkpoint(model: ModelReference, is_base: bool = False) ->
             float8 |= _check_headers(model, path, held, config)
         elif config and config.get("quant_method") not in _FLOAT8_METHODS:
             raise _integers(model, "its weights", os.path.basename(path), "integers", config)
-    if float8 and is_base and config and not _config_is_ours.get():
+    if float8 and is_base and config:
         raise QuantizedWeightError(
             f"{model} (the base) is stored as float8; mergekit would copy its quantization_config into the "
             "config.json of the merged model, whose weights are no longer float8. Run this recipe with "

@@ -103,5 +103,5 @@ def _tell(
             + ", ".join(inspection.missing[:5]),
             err=True,
         )
-    if (message := inspection.base_message()) is not None:
+    if (message := inspection.base_message) is not None:
         click.echo(f"warning: {message}", err=True)

@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-_LOCK = threading.RLock()
-_WARNED: set[str] = set()
 # Share of entries that may differ from the merged copy by more than its rounding.
 _OUTLIERS = 0.01
 
@@ -50,56 +47,91 @@ class ExactUpdate:
         return dw
 
 
-def exact_update(entry: TensorEntry, base: TensorEntry, metadata: TensorMetadata) -> ExactUpdate | None:
-    """Return the update of an input that carries an adapter on the base, or None for other inputs.
+class Adapters:
+    """The adapters of one merge, each read and placed on its base once."""
 
-    None also stands for adapters that are not linear and for tensors that are stored in another form
-    than the model class has; both are named once in a warning, and take the merged weights.
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._known: dict[ModelReference, tuple[NameMap, dict[str, Change]] | None] = {}
+        self._warned: set[str] = set()
 
-    Args:
-        entry: the input; `entry.tensor` is what mergekit merged and rounded.
-        base: the base of the group.
-        metadata: the tensor's name.
+    def exact_update(
+        self, entry: TensorEntry, base: TensorEntry, metadata: TensorMetadata
+    ) -> ExactUpdate | None:
+        """Return the update of an input that carries an adapter on the base, or None for other inputs.
 
-    Raises:
-        AdapterError: the adapter is damaged or of another base, or the merged copy is not of this
-            adapter and tensor.
-    """
-    reference, name = entry.id, metadata.name
-    if not isinstance(reference, ModelReference) or reference.lora is None or name is None:
-        return None
-    if not _same_base(reference, base.id):
-        _warn(
-            str(reference),
-            f"its update is taken from the merged weights: base_model is {base.id}, not {reference.model}",
+        None also stands for adapters that are not linear and for tensors that are stored in another form
+        than the model class has; both are named once in a warning, and take the merged weights.
+
+        Args:
+            entry: the input; `entry.tensor` is what mergekit merged and rounded.
+            base: the base of the group.
+            metadata: the tensor's name.
+
+        Raises:
+            AdapterError: the adapter is damaged or of another base, or the merged copy is not of this
+                adapter and tensor.
+        """
+        reference, name = entry.id, metadata.name
+        if not isinstance(reference, ModelReference) or reference.lora is None or name is None:
+            return None
+        if not _same_base(reference, base.id):
+            self._warn(
+                str(reference),
+                f"its update is taken from the merged weights: base_model is {base.id}, "
+                f"not {reference.model}",
+            )
+            return None
+        placed = self._placed(reference)
+        if placed is None:
+            return None
+        names, changes = placed
+        key = names.resolve(name)
+        change = changes.get(key) if key is not None else None
+        if key is None or (change is not None and not change.exact):
+            self._warn(
+                str(reference),
+                f"the update of {name}, and of others like it, is taken from the merged weights",
+            )
+            return None
+        update = _update(change, base.tensor)
+        if update is not None and _agrees(entry.tensor, base.tensor, update):
+            return update
+        if metadata.vocabulary_axis is not None:
+            self._warn(
+                f"{reference}, {name}",
+                "the update is taken from the merged weights, because tokens were rearranged",
+            )
+            return None
+        raise AdapterError(
+            f"tensor {name}: the merged copy of {reference} is not base + adapter. Either it was left in "
+            "the LoRA cache by another version of the adapter (delete that folder; `mergekit-monosoup merge` "
+            "does so by itself), or slices renumber the layers (set `exact_lora: false`)"
         )
-        return None
-    with _LOCK:
-        placed = _placed(reference)
-    if placed is None:
-        return None
-    names, changes = placed
-    key = names.resolve(name)
-    change = changes.get(key) if key is not None else None
-    if key is None or (change is not None and not change.exact):
-        _warn(
-            str(reference), f"the update of {name}, and of others like it, is taken from the merged weights"
-        )
-        return None
-    update = _update(change, base.tensor)
-    if update is not None and _agrees(entry.tensor, base.tensor, update):
-        return update
-    if metadata.vocabulary_axis is not None:
-        _warn(
-            f"{reference}, {name}",
-            "the update is taken from the merged weights, because tokens were rearranged",
-        )
-        return None
-    raise AdapterError(
-        f"tensor {name}: the merged copy of {reference} is not base + adapter. Either it was left in the "
-        "LoRA cache by another version of the adapter (delete that folder; `mergekit-monosoup merge` does so "
-        "by itself), or slices renumber the layers (set `exact_lora: false`)"
-    )
+
+    def _placed(self, reference: ModelReference) -> tuple[NameMap, dict[str, Change]] | None:
+        # Not before an adapter is met: the methods must register whatever peft's modules look like inside.
+        from mergekit_monosoup.lora.hollow import place
+
+        with self._lock:
+            if reference not in self._known:
+                try:
+                    adapter = read_adapter(str(reference.lora))
+                    self._known[reference] = place(reference, adapter, LoaderCache().trust_remote_code)
+                except UnsupportedAdapterError as error:
+                    self._known[reference] = None
+                    self._warn(
+                        str(reference),
+                        f"its update is taken from the merged weights, rounding included ({error})",
+                    )
+            return self._known[reference]
+
+    def _warn(self, subject: str, message: str) -> None:
+        """Give a warning once for each subject."""
+        with self._lock:
+            if subject not in self._warned:
+                self._warned.add(subject)
+                LOG.warning("%s: %s", subject, message)
 
 
 def _same_base(reference: ModelReference, base: object) -> bool:
@@ -112,18 +144,6 @@ def _same_base(reference: ModelReference, base: object) -> bool:
 
 def _spelled(path: ModelPath) -> str:
     return os.path.realpath(path.path) if os.path.exists(path.path) else str(path)
-
-
-@lru_cache(maxsize=8)
-def _placed(reference: ModelReference) -> tuple[NameMap, dict[str, Change]] | None:
-    # Not before an adapter is met: the methods must register whatever peft's modules look like inside.
-    from mergekit_monosoup.lora.hollow import place
-
-    try:
-        return place(reference, read_adapter(str(reference.lora)), LoaderCache().trust_remote_code)
-    except UnsupportedAdapterError as error:
-        _warn(str(reference), f"its update is taken from the merged weights, rounding included ({error})")
-        return None
 
 
 def _update(change: Change | None, base: Tensor) -> ExactUpdate | None:
@@ -176,18 +196,3 @@ def _spacing(tensor: Tensor) -> float:
         if torch.equal(tensor, tensor.to(dtype).to(tensor.dtype)):
             return torch.finfo(dtype).eps
     return torch.finfo(tensor.dtype).eps
-
-
-def _warn(subject: str, message: str) -> None:
-    """Give a warning once for each subject."""
-    with _LOCK:
-        if subject not in _WARNED:
-            _WARNED.add(subject)
-            LOG.warning("%s: %s", subject, message)
-
-
-def forget() -> None:
-    """Drop adapters held in memory and the record of warnings given."""
-    with _LOCK:
-        _placed.cache_clear()
-        _WARNED.clear()

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mergekit.architecture import (
@@ -20,14 +19,9 @@ from mergekit.architecture import (
     WeightInfo,
     get_architecture_info,
 )
-from mergekit.architecture.json_definitions import (
-    NAME_TO_ARCH,
-    JsonLayerTemplates,
-    JsonModuleArchitecture,
-)
+from mergekit.architecture.json_definitions import JsonLayerTemplates, JsonModuleArchitecture
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from pydantic import BaseModel
 from transformers import PretrainedConfig
@@ -47,9 +41,8 @@ _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 _SMALL_FILES = ("preprocessor_config.json", "processor_config.json", "vocab.txt", "modules.json")
 
 
-@contextmanager
-def fitting_architecture(config: MergeConfiguration, options: MergeOptions) -> Iterator[None]:
-    """Within this context, mergekit plans the recipe so that no tensor of its inputs is left out.
+def fitting_architecture(config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
+    """Return a definition by which mergekit plans the recipe so that no tensor of its inputs is left out.
 
     mergekit's own definition is used where it covers the checkpoints. Otherwise, and where all
     checkpoints hold the same tensors, these are taken by name; every run of numbered parts of the
@@ -61,45 +54,30 @@ def fitting_architecture(config: MergeConfiguration, options: MergeOptions) -> I
         MissingTensorError: mergekit would fail, and the checkpoints do not hold the same tensors.
     """
     if options.allow_crimes:
-        yield
-        return
+        return get_architecture_info(config, options)
     models = config.referenced_models()
-    LoaderCache().setup(options=options)
     configs = {model: model.config(trust_remote_code=options.trust_remote_code) for model in models}
-    classes = {model: _class_name(model, config) for model, config in configs.items()}
+    for model, its_config in configs.items():
+        _class_name(model, its_config)
     own = _own_definition(config, options, configs)
     # Recipes of slices and modules speak of the parts of mergekit's definition.
     by_name = own.problem is not None and not (config.slices or config.modules)
     named = _named_architecture(models, configs, own.arch) if by_name else None
     if named is not None:
         LOG.warning("%s; tensors are taken by their names in the files instead", own.problem)
-    elif own.problem is not None:
+        return named
+    if own.problem is not None:
         if own.fails and by_name:
             raise MissingTensorError(
                 f"{own.problem}; and the checkpoints do not hold the same tensors, so these cannot be taken "
                 "by their names either. Save all of them with the same version of transformers first"
             )
+        if own.arch is None:
+            raise InputError(f"{own.problem}; recipes of slices or modules need a definition")
         LOG.warning("%s", own.problem)
-    with _installed(named or own.arch, set(classes.values())):
-        yield
-
-
-@contextmanager
-def _installed(arch: ModelArchitecture | None, classes: Collection[str]) -> Iterator[None]:
-    """Let mergekit find a definition under these class names; None leaves its own in place."""
-    if arch is None:
-        yield
-        return
-    before = {name: NAME_TO_ARCH.get(name) for name in classes}
-    NAME_TO_ARCH.update({name: [arch] for name in before})
-    try:
-        yield
-    finally:
-        for name, definitions in before.items():
-            if definitions is None:
-                del NAME_TO_ARCH[name]
-            else:
-                NAME_TO_ARCH[name] = definitions
+    if own.arch is None:
+        raise InputError(f"mergekit has no definition of {_class_name(*next(iter(configs.items())))}")
+    return own.arch
 
 
 def _class_name(model: ModelReference, config: PretrainedConfig) -> str:

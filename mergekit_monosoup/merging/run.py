@@ -6,30 +6,37 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
-from mergekit.merge import run_merge
+from mergekit.io.tensor_writer import TensorWriter
 from mergekit.options import MergeOptions
+from torch import Tensor
 
-from mergekit_monosoup.checkpoint.base_check import check_bases
+from mergekit_monosoup import host
 from mergekit_monosoup.checkpoint.dequantised import has_scales
-from mergekit_monosoup.checkpoint.quantized import config_written_here
-from mergekit_monosoup.errors import ConfigurationError
+from mergekit_monosoup.checkpoint.headers import read_folder
+from mergekit_monosoup.checkpoint.lineage import SAMPLED_TENSORS, BaseWatch, check_base
+from mergekit_monosoup.errors import ConfigurationError, InputError
 from mergekit_monosoup.lora.cache import prepare_lora_cache
 from mergekit_monosoup.merging.architecture import fitting_architecture
 from mergekit_monosoup.merging.card import write_card
+from mergekit_monosoup.merging.local import run_units
 from mergekit_monosoup.merging.progress import progress
-from mergekit_monosoup.merging.report import merge_recorder, record_copied
-from mergekit_monosoup.methods.sfgs import recorded_decisions
+from mergekit_monosoup.merging.report import merge_recorder
+from mergekit_monosoup.merging.units import Unit, by_input, plan_units
+from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.planning.output import STAGING
 from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
-from mergekit_monosoup.report.recorder import close_files, recording
+from mergekit_monosoup.registry import stock
+from mergekit_monosoup.report.recorder import Recorder
+from mergekit_monosoup.report.rounding import sample
+from mergekit_monosoup.report.schema import TensorRecord
 
 LOG = logging.getLogger(__name__)
 
@@ -62,32 +69,19 @@ def merge_to_folder(
     ours = plan.method is not None and plan.method.ours
     with _staged(out_path, overwrite) as staging:
         prepare_lora_cache(config, options)
-        _load(config, options)
+        host.open_models(config.referenced_models(), options)
         if ours and not force_base:
             check_bases(config)
-        # Where our methods report tensor by tensor, their bar takes the place of mergekit's, which counts
-        # tasks; mergekit's own would also fill a log file with its redrawing.
-        quiet = options.quiet or ours or not sys.stderr.isatty()
-        # mergekit's card step asks the Hub about local paths of the form a/b; ours does not.
-        run_options = options.model_copy(update={"write_model_card": False, "quiet": quiet})
+        config = _with_common_dtype(config)
         total = sum(tensor.size for tensor in plan.tensors)
         with (
-            progress(total, "Merging", quiet=options.quiet or not ours) as bar,
-            merge_recorder(
-                recipe, config, options, staging, bar if ours else None, report and ours
-            ) as recorder,
-            recording(recorder),
+            progress(total, "Merging", quiet=options.quiet) as bar,
+            merge_recorder(recipe, config, options, staging, bar, report and ours) as recorder,
         ):
-            with (
-                fitting_architecture(config, options),
-                config_written_here(),
-                recorded_decisions() as decisions,
-            ):
-                run_merge(_with_common_dtype(config), str(staging), run_options)
-            _drop_quantization_config(staging / "config.json")
-            if ours:
-                record_copied(recorder, staging, config)
-        close_files()
+            merge = Merge(config.base_model, finetuned_models(config), on_record=[recorder.add])
+            _run(config, options, merge, staging, recorder)
+            merge.close()
+        _drop_quantization_config(staging / "config.json")
         if options.write_model_card:
             write_card(
                 recipe,
@@ -95,8 +89,82 @@ def merge_to_folder(
                 out_path.resolve().name,
                 recorder.header,
                 recorder.records if ours else [],
-                notes=[decision.sentence() for decision in decisions],
+                notes=[merge.decision.sentence()] if merge.decision is not None else [],
             )
+
+
+def _run(
+    config: MergeConfiguration, options: MergeOptions, merge: Merge, staging: Path, recorder: Recorder
+) -> None:
+    arch = fitting_architecture(config, options)
+    out_config = host.out_config(config, arch, options.trust_remote_code)
+    with stock().suspended():
+        planned = plan_units(config, arch, options, out_config, merge)
+    writer = TensorWriter(str(staging), options.out_shard_size, options.safe_serialization)
+    recorded = {record.tensor for record in recorder.records}
+
+    def write(unit: Unit, tensor: Tensor) -> None:
+        writer.save_tensor(unit.name, tensor, clone=options.clone_tensors)
+        if unit.name not in recorded and not any(r.tensor == unit.name for r in recorder.records):
+            recorder.add(_passed_on(unit, config))
+
+    run_units(planned, by_input(planned.units), options, write)
+    writer.finalize()
+    tokenizer = planned.tokenizer[1] if planned.tokenizer else None
+    host.finish_folder(config, arch, options, out_config, tokenizer, str(staging))
+
+
+def _passed_on(unit: Unit, config: MergeConfiguration) -> TensorRecord:
+    """Return the record of a tensor that no method of ours was asked about."""
+    action, reason = unit.passed_on or ("copied", "only the base has it")
+    return TensorRecord(
+        tensor=unit.name,
+        shape=unit.shape,
+        dtype=str(unit.dtype).removeprefix("torch."),
+        action=action,
+        reason=reason,
+        method=config.merge_method,
+    )
+
+
+def finetuned_models(config: MergeConfiguration) -> tuple[ModelReference, ...]:
+    """Return the models of a recipe besides its base, in the order in which they are listed."""
+    owners = [config, *(config.modules or {}).values()]
+    listed = [entry.model for owner in owners for entry in owner.models or ()]
+    listed += [s.model for owner in owners for part in owner.slices or () for s in part.sources]
+    return tuple(dict.fromkeys(model for model in listed if model != config.base_model))
+
+
+def check_bases(config: MergeConfiguration) -> None:
+    """Look at sampled values of all checkpoints of a recipe, which mergekit has opened by now.
+
+    Raises:
+        InputError: the base may not be the base.
+    """
+    base = config.base_model
+    for model in finetuned_models(config) if base is not None else ():
+        message = _base_message(base, model)
+        if message is not None:
+            raise InputError(f"{message}, or pass --force-base to merge all the same")
+
+
+def _base_message(base: ModelReference, model: ModelReference) -> str | None:
+    """Sample the files; whole tensors only where they are pickled."""
+    loaders = [LoaderCache().get(reference) for reference in (base, model)]
+    if all(loader.index.is_safetensors for loader in loaders):
+        folders = [Path(loader.index.base_path) for loader in loaders]
+        one, two = (read_folder(str(r), f) for r, f in zip((base, model), folders, strict=True))
+        return check_base(one, two)
+    names = [name for name in loaders[0].index.tensor_paths if name in loaders[1].index.tensor_paths]
+    watch = BaseWatch()
+    for name in names[:: max(1, len(names) // (4 * SAMPLED_TENSORS))]:
+        w0, w1 = (loader.get_tensor(name) for loader in loaders)
+        if w0.ndim > 1 and w0.is_floating_point() and w0.shape == w1.shape:
+            samples = [sample(tensor).double().numpy() for tensor in (w0, w1)]
+            message = watch.see(str(base), str(model), name, *samples)
+            if message is not None:
+                return message
+    return None
 
 
 def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, overwrite: bool) -> Plan:
@@ -120,14 +188,6 @@ def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, overwrite:
     if errors:
         raise ConfigurationError("the merge would fail:\n  " + "\n  ".join(map(str, errors)))
     return plan
-
-
-def _load(config: MergeConfiguration, options: MergeOptions) -> None:
-    """Have mergekit download what is missing, so that the values can be looked at before the work."""
-    cache = LoaderCache()
-    cache.setup(options=options)
-    for model in config.referenced_models():
-        cache.get(model)
 
 
 def _with_common_dtype(config: MergeConfiguration) -> MergeConfiguration:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergekit_monosoup.lora.factors import LowRankUpdate, edit_factors, mean_of
 from mergekit_monosoup.methods.inputs import GroupInputs
+from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.methods.outcomes import MergedWeight, below
 from mergekit_monosoup.methods.parameters import flag
 from mergekit_monosoup.report.schema import Action
@@ -43,7 +44,7 @@ class AdapterInputs:
         self._exact = exact
 
     @classmethod
-    def of(cls, inputs: GroupInputs) -> AdapterInputs | None:
+    def of(cls, inputs: GroupInputs, merge: Merge) -> AdapterInputs | None:
         """Return the inputs, or None where no input is an adapter whose factors can be used.
 
         Raises:
@@ -52,11 +53,8 @@ class AdapterInputs:
         group = inputs.group
         if not any(getattr(entry.id, "lora", None) for entry in group.non_base):
             return None
-        # Imported here: it brings peft and transformers, which a mere registration must not.
-        from mergekit_monosoup.lora.exact import exact_update
-
         inputs.require_finite()
-        exact = [exact_update(entry, group.base, group.metadata) for entry in group.non_base]
+        exact = [merge.adapters.exact_update(e, group.base, group.metadata) for e in group.non_base]
         return cls(inputs, exact) if any(update is not None for update in exact) else None
 
     def update(self, index: int) -> Tensor:
@@ -142,11 +140,11 @@ class AdapterInputs:
         return MergedWeight(inputs.add_to_base(dw, options.alpha), "edited", edit=record)
 
 
-def with_exact_weights(inputs: GroupInputs) -> GroupInputs:
+def with_exact_weights(inputs: GroupInputs, merge: Merge) -> GroupInputs:
     """Return a group with W0 + dW, unrounded, for the inputs that are adapters on its base.
 
     Raises:
         AdapterError: as `AdapterInputs.of`.
     """
-    adapters = AdapterInputs.of(inputs)
+    adapters = AdapterInputs.of(inputs, merge)
     return inputs if adapters is None else adapters.as_checkpoints()

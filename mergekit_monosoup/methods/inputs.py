@@ -10,7 +10,6 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from torch import Tensor
 
 from mergekit_monosoup.checkpoint.dequantised import dequantised
-from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
 from mergekit_monosoup.errors import (
     ConfigurationError,
     MissingBaseError,
@@ -20,8 +19,6 @@ from mergekit_monosoup.errors import (
     QuantizedWeightError,
     ShapeMismatchError,
 )
-from mergekit_monosoup.methods.ledger import LEDGER
-from mergekit_monosoup.methods.reporting import begin_merge
 
 
 def validate_recipe(
@@ -36,7 +33,6 @@ def validate_recipe(
         MissingBaseError: no base model.
         MissingTensorError: the base lacks the tensor, or a slice does not list the base.
         ConfigurationError: nothing but the base.
-        QuantizedWeightError: a checkpoint stores its weights as integers.
     """
     if base_id is None:
         raise MissingBaseError(
@@ -44,8 +40,6 @@ def validate_recipe(
             "add it as `base_model:`"
         )
     whole_recipe = is_whole_recipe(group_name)
-    if whole_recipe:
-        begin_merge()
     if base_id not in input_ids:
         if whole_recipe:
             raise MissingBaseError(
@@ -61,16 +55,6 @@ def validate_recipe(
             f"merge method {method!r} needs at least one fine-tuned checkpoint besides base_model"
             f"{f' for {group_name}' if group_name else ''}; add it under `models:`"
         )
-    if group_name is not None and not whole_recipe:
-        LEDGER.note(group_name)
-    if whole_recipe:
-        # Imported here: it brings transformers, which a mere registration must not.
-        from mergekit.common import ModelReference
-
-        LEDGER.start(input_ids)
-        for input_id in input_ids:
-            if isinstance(input_id, ModelReference):
-                refuse_quantized_checkpoint(input_id, is_base=input_id == base_id)
 
 
 def is_whole_recipe(group_name: str | None) -> bool:
@@ -96,7 +80,6 @@ class GroupInputs:
         Raises:
             MissingBaseError, ShapeMismatchError, QuantizedWeightError.
         """
-        LEDGER.close()
         if group.base is None:
             raise MissingBaseError(f"{_label(group)}: no base among the inputs")
         for entry in group.entries:

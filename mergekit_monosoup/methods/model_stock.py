@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
-from mergekit.merge_methods.base import ParameterScope, ParameterSpec, TensorGroup
+from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from torch import Tensor
 
 from mergekit_monosoup.alignment.average import towards_average
@@ -14,10 +13,11 @@ from mergekit_monosoup.alignment.inner import inner_products
 from mergekit_monosoup.alignment.stock import Angle, model_stock_ratio
 from mergekit_monosoup.errors import ConfigurationError, NonFiniteError
 from mergekit_monosoup.methods.adapters import EXACT_LORA, with_exact_weights
-from mergekit_monosoup.methods.contract import UpdateMethod, specification
+from mergekit_monosoup.methods.contract import REPORT, UpdateMethod, specification
 from mergekit_monosoup.methods.inputs import GroupInputs, is_whole_recipe
+from mergekit_monosoup.methods.merge import Merge
+from mergekit_monosoup.methods.outcomes import MergedWeight
 from mergekit_monosoup.methods.parameters import choice, flag
-from mergekit_monosoup.methods.reporting import REPORT, note
 from mergekit_monosoup.spectral.matrix import choose_view
 
 LOG = logging.getLogger(__name__)
@@ -74,9 +74,11 @@ class ModelStock(UpdateMethod):
                 "and needs at least two besides base_model; for a single one use monosoup"
             )
 
-    def merge_group(
+    def merged(
         self,
-        group: TensorGroup,
+        stored: GroupInputs,
+        merge: Merge,
+        started: float,
         /,
         *,
         angle: Angle,
@@ -84,32 +86,29 @@ class ModelStock(UpdateMethod):
         bounded: bool,
         exact_lora: bool,
         report: str | None,
-        **unknown: Any,
     ) -> Tensor:
-        """Return the merged weight in the shape and dtype of the inputs.
+        """Return the merged weight.
 
         An optional tensor that only one fine-tuned checkpoint has keeps the base's value: there is
         no angle to measure.
 
         Raises:
-            InputError: shapes differ, or a tensor holds NaN, infinity or integers.
+            InputError: a tensor holds NaN or infinity.
         """
-        started = time.perf_counter()
-        stored = GroupInputs.of(group)
-        inputs = with_exact_weights(stored) if exact_lora else stored
+        inputs = with_exact_weights(stored, merge) if exact_lora else stored
         base, finetuned = inputs.stored_base, inputs.stored_tuned
         if len(finetuned) < 2:
+            only = stored.group.non_base[0].id
             LOG.warning(
                 "%s: only %s has it besides the base, so there is no angle to measure; it keeps "
                 "the base's value",
                 inputs.label,
-                group.non_base[0].id,
+                only,
             )
-            result = inputs.checked(base)
-            reason = f"only {group.non_base[0].id} has it: the base's value"
-            note(stored.group, self.spec, "kept", reason, report=report, started=started)
-            return result
-        view = choose_view(tuple(base.shape), group.metadata.name)
+            alone = MergedWeight(inputs.checked(base), "kept", f"only {only} has it: the base's value")
+            merge.record(stored.group, self.spec, alone, report=report, started=started)
+            return alone.weight
+        view = choose_view(tuple(base.shape), stored.group.metadata.name)
         rows = view.shape[0] * view.shape[1] if filter_wise and view.decomposes else 1
         try:
             cosines = inner_products(base, finetuned, rows=rows).cosines
@@ -118,26 +117,25 @@ class ModelStock(UpdateMethod):
         except NonFiniteError:
             inputs.require_finite()
             raise inputs.overflow() from None
-        result = inputs.checked(result)
-        used = {"angle": angle, "filter_wise": filter_wise, "bounded": bounded}
-        note(
-            stored.group,
-            self.spec,
+        merged = MergedWeight(
+            inputs.checked(result),
             "averaged",
             _in_words(t),
-            report=report,
             update_norm=inputs.update_norm if inputs is not stored else None,
+        )
+        merge.record(
+            stored.group,
+            self.spec,
+            merged,
+            report=report,
             started=started,
-            parameters=used,
+            parameters={"angle": angle, "filter_wise": filter_wise, "bounded": bounded},
             figures={"ratio": float(t.mean())},
         )
-        return result
+        return merged.weight
 
 
 def _in_words(t: Tensor) -> str:
     if t.numel() == 1:
         return f"ratio t = {float(t):.4g}"
     return f"ratios t from {float(t.min()):.4g} to {float(t.max()):.4g}, one a row"
-
-
-MODEL_STOCK = ModelStock()

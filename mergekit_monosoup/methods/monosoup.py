@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from mergekit.merge_methods.base import (
     ParameterScope,
     ParameterSpec,
     PerInputValues,
-    TensorGroup,
 )
 from torch import Tensor
 
 from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.methods.adapters import EXACT_LORA, AdapterInputs
-from mergekit_monosoup.methods.contract import UpdateMethod, specification
+from mergekit_monosoup.methods.contract import REPORT, UpdateMethod, specification
 from mergekit_monosoup.methods.inputs import GroupInputs
+from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.methods.outcomes import MergedWeight, below
 from mergekit_monosoup.methods.parameters import choice, flag, number, optional_number
-from mergekit_monosoup.methods.reporting import REPORT, note
 from mergekit_monosoup.report.schema import Action
 from mergekit_monosoup.spectral.edit import EditOptions, EditRecord, MatrixRecord, edit_weight
 from mergekit_monosoup.spectral.matrix import Layout, MatrixView, choose_view
@@ -108,9 +105,11 @@ class MonoSoup(UpdateMethod):
 
     spec = _SPEC
 
-    def merge_group(
+    def merged(
         self,
-        group: TensorGroup,
+        inputs: GroupInputs,
+        merge: Merge,
+        started: float,
         /,
         *,
         alpha: float,
@@ -123,24 +122,21 @@ class MonoSoup(UpdateMethod):
         exact_lora: bool,
         weight: PerInputValues[float],
         report: str | None,
-        **unknown: Any,
     ) -> Tensor:
-        """Return the edited weight in the shape and dtype of the inputs, bfloat16 for float8.
+        """Return the edited weight.
 
         Raises:
-            InputError: shapes differ, or a tensor holds NaN, infinity or integers.
+            InputError: a tensor holds NaN or infinity.
             ParameterError: all weights of the average are zero.
         """
-        started = time.perf_counter()
-        inputs = GroupInputs.of(group)
-        name = group.metadata.name
+        name = inputs.group.metadata.name
         if is_running_statistic(name):
             # Statistics describe the data seen in training; a share of them describes nothing.
             alpha = 1.0
-        weights = weight.values_for(group.non_base)
+        weights = weight.values_for(inputs.group.non_base)
         options = EditOptions(energy, mixing, alpha, spectrum)
         view = choose_view(tuple(inputs.stored_base.shape), name, matrix)
-        adapters = AdapterInputs.of(inputs) if exact_lora else None
+        adapters = AdapterInputs.of(inputs, merge) if exact_lora else None
         if adapters is not None:
             merged = adapters.merged(weights, options, view, edit, min_relative_update)
         elif not view.decomposes or not edit:
@@ -151,18 +147,14 @@ class MonoSoup(UpdateMethod):
         else:
             # Each matrix of a stack for itself, as if it had a tensor of its own.
             merged = _edited_one_by_one(inputs, weights, options, view, min_relative_update)
-        used = {"energy": energy, "alpha": alpha, "mixing": mixing, "matrix": matrix}
-        note(
+        merge.record(
             inputs.group,
             self.spec,
-            merged.action,
-            merged.reason,
+            merged,
             report=report,
-            update_norm=merged.update_norm,
-            edit=merged.edit,
             weights=weights,
             started=started,
-            parameters=used,
+            parameters={"energy": energy, "alpha": alpha, "mixing": mixing, "matrix": matrix},
         )
         return merged.weight
 
@@ -227,6 +219,3 @@ def _unedited(inputs: GroupInputs, weights: Sequence[float], alpha: float, reaso
         return MergedWeight(inputs.sole_finetuned, "kept", reason)
     result = inputs.add_to_base(inputs.mean_update(weights), alpha)
     return MergedWeight(result, "kept" if len(weights) == 1 else "averaged", reason)
-
-
-MONOSOUP = MonoSoup()

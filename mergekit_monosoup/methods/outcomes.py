@@ -1,10 +1,7 @@
-"""What became of each tensor, for whoever asks in this thread."""
+"""What became of a tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,24 +38,3 @@ class MergedWeight:
 def below(threshold: float) -> str:
     """Return the reason for leaving an update as it is that `min_relative_update` gives."""
     return f"relative update below {threshold:g}"
-
-
-_listener: ContextVar[list[Outcome] | None] = ContextVar("_listener", default=None)
-
-
-@contextmanager
-def outcomes() -> Iterator[list[Outcome]]:
-    """Collect the outcomes of the merges in this context."""
-    collected: list[Outcome] = []
-    token = _listener.set(collected)
-    try:
-        yield collected
-    finally:
-        _listener.reset(token)
-
-
-def tell(outcome: Outcome) -> None:
-    """Say what was done with a tensor; nobody may be listening."""
-    collected = _listener.get()
-    if collected is not None:
-        collected.append(outcome)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,17 +25,11 @@ from mergekit_monosoup.alignment.soup_decision import SoupDecision, in_words, so
 from mergekit_monosoup.alignment.stored import Alignment, Refine, align, align_loaders, loader_for
 from mergekit_monosoup.errors import ConfigurationError, NonFiniteError, ParameterError
 from mergekit_monosoup.methods.adapters import EXACT_LORA, with_exact_weights
-from mergekit_monosoup.methods.contract import UpdateMethod, specification
-from mergekit_monosoup.methods.inputs import GroupInputs, is_whole_recipe
-from mergekit_monosoup.methods.merge_plan import (
-    PLAN,
-    MergePlan,
-    announce,
-    in_memory_plan,
-    plan_parameter,
-)
+from mergekit_monosoup.methods.contract import MERGE, REPORT, UpdateMethod, specification
+from mergekit_monosoup.methods.inputs import GroupInputs
+from mergekit_monosoup.methods.merge import Merge
+from mergekit_monosoup.methods.outcomes import MergedWeight
 from mergekit_monosoup.methods.parameters import choice, number, optional_number
-from mergekit_monosoup.methods.reporting import REPORT, note
 
 LOG = logging.getLogger(__name__)
 
@@ -69,31 +61,8 @@ _SPEC = specification(
         ),
         EXACT_LORA,
         REPORT,
-        plan_parameter(),
     ),
 )
-
-
-class _Plan(MergePlan[SoupDecision]):
-    """A plan that knows who wants to hear of its decision, in whichever thread that is taken."""
-
-    def __init__(self, *, in_memory: bool = False) -> None:
-        super().__init__(in_memory=in_memory)
-        self.listener = _LISTENER.get()
-
-
-_LISTENER: ContextVar[list[SoupDecision] | None] = ContextVar("sfgs_decisions", default=None)
-
-
-@contextmanager
-def recorded_decisions() -> Iterator[list[SoupDecision]]:
-    """Collect the decisions of the merges that are planned inside the block."""
-    decisions: list[SoupDecision] = []
-    token = _LISTENER.set(decisions)
-    try:
-        yield decisions
-    finally:
-        _LISTENER.reset(token)
 
 
 class SimilarityFilteredGreedySoup(UpdateMethod):
@@ -107,73 +76,68 @@ class SimilarityFilteredGreedySoup(UpdateMethod):
 
     spec = _SPEC
 
-    def validate_inputs(self, input_ids: Any, base_id: Any = None, *, group_name: str | None = None) -> None:
-        """Refuse a recipe or a tensor group without base, without fine-tuned model, or quantised."""
-        super().validate_inputs(input_ids, base_id, group_name=group_name)
-        if is_whole_recipe(group_name):
-            announce(group_name, input_ids, base_id, _Plan)
-
-    def __call__(self, groups: Sequence[TensorGroup], /, **options: Any) -> tuple[Tensor, ...]:
-        """Merge groups that are all in hand, taking the decision over all of them."""
-        with in_memory_plan(_Plan(in_memory=True)):
-            result: tuple[Tensor, ...] = super().__call__(groups, **options)
-        return result
-
-    def _execute(
-        self, groups: Sequence[TensorGroup], parameters: list[dict[str, Any]], *args: Any, **options: Any
-    ) -> tuple[Tensor, ...]:
+    def begin(self, groups: Sequence[TensorGroup], parameters: Sequence[Mapping[str, Any]]) -> None:
+        """Take the decision over all groups of a merge."""
         for group, given in zip(groups, parameters, strict=True):
-            if given[PLAN].in_memory:
-                self._decide(group, given, partial(_align_groups, groups, given["layers"]))
-        result: tuple[Tensor, ...] = super()._execute(groups, parameters, *args, **options)
-        return result
+            merge: Merge = given[MERGE]
+            self._decide(group, merge, given, lambda: _align_groups(groups, parameters[0]["layers"]))
 
-    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
-        """Return W0 + the mean of the taken updates, in the shape and dtype of the inputs.
+    def merged(
+        self, inputs: GroupInputs, merge: Merge, started: float, /, *, report: str | None, **parameters: Any
+    ) -> Tensor:
+        """Return W0 + the mean of the taken updates.
 
         Raises:
             ParameterError: `threshold`, `layers` or `score` is not the same for all tensors, or some
                 checkpoints have a score and others have none.
             MissingTensorError: no tensor is comparable.
-            InputError: shapes differ, or a tensor holds NaN, infinity or integers.
+            InputError: a tensor holds NaN or infinity.
         """
-        plan: _Plan = parameters[PLAN]
-        device = group.entries[0].tensor.device
+        group, exact = inputs.group, parameters["exact_lora"]
 
         def read_checkpoints() -> Alignment:
-            models = _finetuned(plan, group)
+            models = _finetuned(merge, group)
             loaders = [loader_for(model) for model in models]
-            refine = _refine(group.base.id, models) if parameters["exact_lora"] else None
+            refine = _refine(group.base.id, models, merge) if exact else None
+            device = group.entries[0].tensor.device
             return align_loaders(loader_for(group.base.id), loaders, parameters["layers"], device, refine)
 
-        taken = self._decide(group, parameters, read_checkpoints).taken
-        # The decision is the whole merge's and not this tensor's.
-        started = time.perf_counter()
-        entries = [entry for entry in group.non_base if entry.id in taken]
-        stored = GroupInputs.of(TensorGroup((group.base, *entries), group.metadata))
-        inputs = with_exact_weights(stored) if entries and parameters["exact_lora"] else stored
-        result = _average(inputs)
-        note(
-            stored.group,
-            self.spec,
+        begun = merge.decision is not None
+        taken = self._decide(group, merge, parameters, read_checkpoints).taken
+        if not begun:
+            # The decision is the whole merge's and not this tensor's.
+            started = time.perf_counter()
+        entries = tuple(entry for entry in group.non_base if entry.id in taken)
+        stored = replace(inputs, group=TensorGroup((group.base, *entries), group.metadata))
+        soup = with_exact_weights(stored, merge) if entries and exact else stored
+        merged = MergedWeight(
+            _average(soup),
             "averaged" if len(entries) > 1 else "kept",
             in_words([entry.id for entry in entries], taken),
-            report=parameters["report"],
-            update_norm=inputs.update_norm if inputs is not stored else None,
+            update_norm=soup.update_norm if soup is not stored else None,
+        )
+        merge.record(
+            stored.group,
+            self.spec,
+            merged,
+            report=report,
             started=started,
             parameters={key: parameters[key] for key in ("threshold", "layers")},
             figures={"taken": len(taken)},
         )
-        return result
+        return merged.weight
 
     def _decide(
-        self, group: TensorGroup, parameters: dict[str, Any], measure: Callable[[], Alignment]
+        self,
+        group: TensorGroup,
+        merge: Merge,
+        parameters: Mapping[str, Any],
+        measure: Callable[[], Alignment],
     ) -> SoupDecision:
-        plan: _Plan = parameters[PLAN]
         scores: PerInputValues[float | None] = parameters["score"]
         settings = {key: parameters[key] for key in ("threshold", "layers")}
         settings |= {f"score of {model}": value for model, value in scores.items()}
-        models = _finetuned(plan, group)
+        models = _finetuned(merge, group)
 
         def take() -> SoupDecision:
             order = considered_in_order(len(models), _known_scores(models, scores, group.metadata.name))
@@ -182,11 +146,10 @@ class SimilarityFilteredGreedySoup(UpdateMethod):
             LOG.info("%s", decision.sentence())
             if alignment.skipped:
                 LOG.warning("sfgs decided without some tensors: %s", dict(alignment.skipped))
-            if plan.listener is not None:
-                plan.listener.append(decision)
             return decision
 
-        return plan.decide(settings, group.metadata.name, take)
+        decision: SoupDecision = merge.decide(settings, group.metadata.name, take)
+        return decision
 
 
 def _average(inputs: GroupInputs) -> Tensor:
@@ -206,7 +169,7 @@ def _average(inputs: GroupInputs) -> Tensor:
     return inputs.checked(result)
 
 
-def _refine(base: Any, models: Sequence[Any]) -> Refine | None:
+def _refine(base: Any, models: Sequence[Any], merge: Merge) -> Refine | None:
     """Return what puts base + adapter, unrounded, in the place of their merged copies."""
     if not any(getattr(model, "lora", None) for model in models):
         return None
@@ -216,14 +179,15 @@ def _refine(base: Any, models: Sequence[Any]) -> Refine | None:
             TensorEntry(id=model, tensor=tensor, is_base=index == 0)
             for index, (model, tensor) in enumerate(zip((base, *models), tensors, strict=True))
         ]
-        inputs = with_exact_weights(GroupInputs.of(TensorGroup(tuple(entries), TensorMetadata(name))))
+        group = TensorGroup(tuple(entries), TensorMetadata(name))
+        inputs = with_exact_weights(GroupInputs.of(group), merge)
         return [inputs.stored_base, *inputs.stored_tuned]
 
     return refine
 
 
-def _finetuned(plan: _Plan, group: TensorGroup) -> tuple[Any, ...]:
-    return plan.finetuned or tuple(entry.id for entry in group.non_base)
+def _finetuned(merge: Merge, group: TensorGroup) -> tuple[Any, ...]:
+    return merge.finetuned or tuple(entry.id for entry in group.non_base)
 
 
 def _known_scores(
@@ -264,6 +228,3 @@ def _align_groups(groups: Sequence[TensorGroup], layers: Layers) -> Alignment:
 
     stored = [(names, member(position)) for position in range(len(inputs[0]))]
     return align((names, lambda name: groups[int(name)].base.tensor), stored, layers)
-
-
-SFGS = SimilarityFilteredGreedySoup()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_monosoup.checkpoint.headers import Checkpoint
-from mergekit_monosoup.checkpoint.values import can_check, check_base
+from mergekit_monosoup.checkpoint.lineage import can_check, check_base
 from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.planning.catalogue import Method, find_method
 from mergekit_monosoup.planning.estimate import Estimate, calibrate, estimate, free_bytes

@@ -1,13 +1,10 @@
-"""Where merge methods send their records: to the running command, to a file, or nowhere."""
+"""Collect the records of a merge, and write them as they come."""
 
 from __future__ import annotations
 
-import atexit
-import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
@@ -16,8 +13,6 @@ from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.report.inputs import InputHashes
 from mergekit_monosoup.report.schema import ReportHeader, TensorRecord
 from mergekit_monosoup.report.versions import versions
-
-LOG = logging.getLogger(__name__)
 
 
 def new_header(**known: object) -> ReportHeader:
@@ -108,59 +103,3 @@ class Recorder:
             self.close()
         else:
             self.abort()
-
-
-_LOCK = threading.Lock()
-_COMMANDS: list[Recorder] = []
-_FILES: dict[Path, Recorder] = {}
-
-
-@contextmanager
-def recording(recorder: Recorder) -> Iterator[Recorder]:
-    """Send all records of the process to `recorder` as well, from whatever thread they come."""
-    with _LOCK:
-        _COMMANDS.append(recorder)
-    try:
-        yield recorder
-    finally:
-        with _LOCK:
-            _COMMANDS.remove(recorder)
-
-
-def is_recording(file: str | None) -> bool:
-    """Say whether anybody wants records; if not, nothing needs to be measured."""
-    return bool(_COMMANDS) or file is not None
-
-
-def send(record: TensorRecord, file: str | None, begin: Callable[[Path], Recorder]) -> None:
-    """Hand a record to the running command and to the file that the recipe names.
-
-    Args:
-        record: what a method found and did.
-        file: value of the recipe's parameter `report`.
-        begin: opens the recorder of a file at its first record.
-    """
-    recorders = list(_COMMANDS)
-    if file is not None:
-        path = Path(file).expanduser().absolute()
-        with _LOCK:
-            if path not in _FILES:
-                _FILES[path] = begin(path)
-            recorders.append(_FILES[path])
-    for recorder in recorders:
-        recorder.add(record)
-
-
-def close_files() -> None:
-    """Complete the reports of earlier recipes: called when the next one begins, and at exit."""
-    with _LOCK:
-        done = list(_FILES.values())
-        _FILES.clear()
-    for recorder in done:
-        with suppress(OSError):
-            recorder.close()
-            LOG.info("wrote the report %s", recorder.path)
-
-
-# A merge method is never told that the merge is over; under stock commands the process's end is that.
-atexit.register(close_files)

@@ -1,0 +1,197 @@
+"""One merge: what its tensors share, handed from hand to hand."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mergekit_monosoup.checkpoint.lineage import BaseWatch
+from mergekit_monosoup.errors import ParameterError
+from mergekit_monosoup.methods.outcomes import MergedWeight, Outcome
+from mergekit_monosoup.report.inputs import InputHashes
+from mergekit_monosoup.report.measure import tensor_record
+from mergekit_monosoup.report.recorder import Recorder, new_header
+from mergekit_monosoup.report.rounding import sample
+from mergekit_monosoup.report.schema import TensorRecord
+from mergekit_monosoup.spectral.crew import torch_threads
+
+if TYPE_CHECKING:
+    from mergekit.merge_methods.base import MergeMethodSpec, TensorEntry, TensorGroup
+
+    from mergekit_monosoup.lora.exact import Adapters
+
+LOG = logging.getLogger(__name__)
+
+
+# Told apart by identity: two merges of the same checkpoints are two merges.
+@dataclass(eq=False)
+class Merge:
+    """The checkpoints of one merge, its one decision, the adapters it has read, and who hears of its tensors.
+
+    Args:
+        base, finetuned: ids of the checkpoints, as tensor groups name them; unknown where tensors are
+            merged without a recipe.
+        on_outcome: is told what became of each tensor; costs nothing.
+        on_record: is told in figures; each tensor is then measured.
+    """
+
+    base: Any = None
+    finetuned: tuple[Any, ...] = ()
+    on_outcome: Sequence[Callable[[Outcome], None]] = ()
+    on_record: Sequence[Callable[[TensorRecord], None]] = ()
+    decision: Any = None
+    _settings: dict[str, Any] = field(default_factory=dict)
+    _settled_by: dict[str, str | None] = field(default_factory=dict)
+    _files: dict[Path, Recorder] = field(default_factory=dict)
+    _watch: BaseWatch = field(default_factory=BaseWatch)
+    _adapters: Adapters | None = None
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters of this merge, read once each."""
+        with self._lock:
+            if self._adapters is None:
+                # Not before an adapter is met: it brings peft and transformers.
+                from mergekit_monosoup.lora.exact import Adapters
+
+                self._adapters = Adapters()
+            return self._adapters
+
+    def decide(self, settings: Mapping[str, Any], tensor: str | None, take: Callable[[], Any]) -> Any:
+        """Return the decision of this merge, taking it if this tensor is the first to ask.
+
+        Threads that ask meanwhile wait.
+
+        Args:
+            settings: the parameters that `tensor` was given, by the name the recipe would use.
+            tensor: for the message.
+            take: takes the decision.
+
+        Raises:
+            ParameterError: a parameter differs from what another tensor of the merge was given.
+        """
+        with self._lock:
+            for key, value in settings.items():
+                if self._settings.setdefault(key, value) != value:
+                    raise ParameterError(
+                        f"parameter {key!r} is {self._settings[key]!r} for tensor {self._settled_by[key]} "
+                        f"and {value!r} for tensor {tensor}; the decision is taken once for the whole "
+                        "model, so give one value, without filter or gradient"
+                    )
+                self._settled_by.setdefault(key, tensor)
+            if self.decision is None:
+                self.decision = take()
+            return self.decision
+
+    def record(
+        self,
+        group: TensorGroup,
+        spec: MergeMethodSpec,
+        merged: MergedWeight,
+        *,
+        report: str | None = None,
+        started: float | None = None,
+        weights: Sequence[float] | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
+        """Tell what was done with a group; costs next to nothing where nobody listens.
+
+        Args:
+            group: the inputs, base among them; float8 dequantised.
+            spec: of the merge method.
+            merged: what became of it and why.
+            report: value of the parameter `report`: a file of JSON lines.
+            started: `time.perf_counter()` at the start of the work.
+            weights: of the average over the group's non-base entries.
+            parameters: as they were for this tensor; the method's defaults are left out.
+            figures: numbers that only this method has.
+        """
+        name = group.metadata.name or ""
+        for tell in self.on_outcome:
+            tell(Outcome(name, merged.action, merged.reason, merged.edit))
+        if group.base is None:
+            return
+        self._look_at_base(group, group.base)
+        if not self.on_record and report is None:
+            return
+        defaults = {parameter.name: parameter.default for parameter in spec.parameters}
+        # torch's own threads would still be spinning when the next edit begins.
+        with torch_threads(1):
+            record = tensor_record(
+                name,
+                group.base.tensor,
+                [entry.tensor for entry in group.non_base],
+                action=merged.action,
+                reason=merged.reason,
+                weights=weights,
+                edit=merged.edit,
+                update_norm=merged.update_norm,
+                started=started,
+                method=spec.name,
+                parameters={k: v for k, v in (parameters or {}).items() if v != defaults[k]},
+                figures=dict(figures or {}),
+            )
+        for take in self.on_record:
+            take(record)
+        if report is not None:
+            self._file(report, spec.name, group).add(record)
+
+    def close(self) -> None:
+        """Complete the reports that the recipe named."""
+        with self._lock:
+            done = list(self._files.values())
+            self._files.clear()
+        for recorder in done:
+            with suppress(OSError):
+                recorder.close()
+                LOG.info("wrote the report %s", recorder.path)
+
+    def _look_at_base(self, group: TensorGroup, base: TensorEntry) -> None:
+        """Warn once when the values say that the base is none."""
+        if base.tensor.ndim < 2 or base.tensor.numel() == 0:
+            return
+        for entry in group.non_base:
+            label = str(entry.id)
+            if self._watch.has_seen_enough(label) or entry.tensor.shape != base.tensor.shape:
+                continue
+            w0, w1 = (sample(t).double().cpu().numpy() for t in (base.tensor, entry.tensor))
+            message = self._watch.see(str(base.id), label, group.metadata.name or "", w0, w1)
+            if message is not None:
+                LOG.warning("%s", message)
+
+    def _file(self, file: str, method: str, group: TensorGroup) -> Recorder:
+        path = Path(file).expanduser().absolute()
+        with self._lock:
+            if path not in self._files:
+                device = str(group.entries[0].tensor.device)
+                self._files[path] = Recorder(
+                    new_header(method=method, device=device), path, hashes=InputHashes(_folders(group))
+                )
+            return self._files[path]
+
+
+def _folders(group: TensorGroup) -> list[tuple[str, Literal["base", "finetuned"], Path]]:
+    return [
+        (str(entry.id), "base" if entry.is_base else "finetuned", folder)
+        for entry in sorted(group.entries, key=lambda e: not e.is_base)
+        if (folder := checkpoint_folder(entry.id)) is not None
+    ]
+
+
+def checkpoint_folder(model: object) -> Path | None:
+    """Return where mergekit has a checkpoint's files, None where it has not opened it."""
+    # Imported here: both bring transformers, which a mere registration must not.
+    from mergekit.common import ModelReference
+    from mergekit.io.tasks import LoaderCache
+
+    if not isinstance(model, ModelReference):
+        return None
+    loader = LoaderCache.loaders.get(model)
+    return None if loader is None else Path(loader.index.base_path)
