@@ -138,15 +138,18 @@ def compute(
 
 
 def by_input(units: Sequence[Unit]) -> list[Unit]:
-    """Return the units in the order in which their inputs lie in the files, so that each is opened once."""
+    """Return the units file by file of their inputs, so that each is opened once.
 
-    def place(unit: Unit) -> tuple[str, str]:
-        places = []
+    Of a file the largest come first: what takes longest must not begin last.
+    """
+
+    def place(unit: Unit) -> tuple[str, int]:
+        files = []
         for task in host.inputs_of(unit.task):
             loader = host.loader_of(task.model)
             name = host.stored_name(task)
             if loader is not None and name is not None:
-                places.append((loader.index.tensor_paths[name], name))
-        return max(places, default=("", unit.name))
+                files.append(loader.index.tensor_paths[name])
+        return max(files, default=""), -unit.size
 
     return sorted(units, key=place)
