@@ -52,9 +52,7 @@ def test_threads_write_reports_of_their_own(tmp_path):
 def test_lost_tensors_are_named_for_each_of_two_merges_planned_before_either_runs(family, caplog):
     """An architecture that mergekit knows with fewer tensors than the files have."""
     models = family("qwen3-tied", "bf16")
-    plans = []
-    for tuned in models.tuned[:2]:
-        plans.append(planned(recipe(models.base, tuned)))
+    plans = [planned(recipe(models.base, tuned)) for tuned in models.tuned[:2]]
     for model in models.folders:
         reference = next(m for plan in plans for m in plan[0].model_order if str(m) == str(model))
         LoaderCache().get(reference).index.tensor_paths["model.extra.weight"] = "model.safetensors"

@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
@@ -25,10 +26,8 @@ T = TypeVar("T")
 # does not stay resident.
 _MAPPED_BYTES = 1 << 28
 _PAGE = 4096
-# Two cores share the work of a matrix without loss; of more, several matrices at a time make better use.
-_CORES_EACH, _MOST_WORKERS = 2, 4
-# Outputs in flight, in units of the largest: beside one that is computed, one read and one written.
-_IN_FLIGHT = 2
+# What a unit holds while it is computed, in copies of its output: inputs, float32 blocks and squares, output.
+_COPIES = 8
 
 
 def run_units(
@@ -39,8 +38,9 @@ def run_units(
 ) -> None:
     """Compute units and hand each to `write` when it is done.
 
-    A thread reads ahead, some compute, each with its share of the cores or with a device of its own, and
-    one writes. What is held at a time is bounded by a few times the largest unit, however many there are.
+    A thread reads ahead, some compute, each on a core or a device of its own, and one writes. A unit is
+    never shared out among cores: so its result does not depend on how many there are. What is held at a
+    time is bounded by the largest units and by the memory that is free, however many units there are.
 
     Args:
         planned: what the units belong to.
@@ -53,16 +53,16 @@ def run_units(
     """
     devices = _devices(options)
     on_cpu = devices == ["cpu"]
-    threads = torch.get_num_threads()
-    workers = max(1, min(threads // _CORES_EACH, _MOST_WORKERS)) if on_cpu else len(devices)
+    workers = torch.get_num_threads() if on_cpu else len(devices)
     storage = options.device if options.low_cpu_memory else "cpu"
-    room = _Room(_IN_FLIGHT * max((_bytes(unit) for unit in units), default=0))
+    free = psutil.virtual_memory().available / (2 * _COPIES)
+    room = _Room(min((workers + 1) * max(map(_bytes, units), default=0), int(free)))
 
     def prepare() -> None:
         # mergekit keeps the options of its loaders by thread, torch its number of threads.
         LoaderCache().setup(options=options)
         if on_cpu:
-            torch.set_num_threads(max(1, threads // workers))
+            torch.set_num_threads(1)
 
     def work(index: int) -> None:
         device = devices[index % len(devices)]
