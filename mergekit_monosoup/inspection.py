@@ -119,7 +119,7 @@ class Inspection:
             stored[1:],
             action=action,
             reason="" if matrix else "not a matrix",
-            edit=analysis.automatic if analysis else None,
+            edit=analysis.record if analysis else None,
             update_norm=frobenius_norm(mean),
             method="inspect",
             spectrum=_curve(analysis),

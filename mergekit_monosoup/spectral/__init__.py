@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         edit_weight,
     )
     from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
-    from mergekit_monosoup.spectral.split import effective_rank, energy_rank, split_index
+    from mergekit_monosoup.spectral.split import Split, effective_rank, energy_rank, split_index
 
 # Before anything in this room brings scipy.
 let_threads_sleep()
@@ -28,6 +28,7 @@ __all__ = [
     "EditRecord",
     "MatrixRecord",
     "Mixing",
+    "Split",
     "edit_update",
     "edit_weight",
     "effective_rank",
@@ -39,7 +40,7 @@ __all__ = [
 _HOMES = {
     "edit": ("EditOptions", "EditRecord", "MatrixRecord", "edit_update", "edit_weight"),
     "mixing": ("Coefficients", "Mixing", "mixing_coefficients"),
-    "split": ("effective_rank", "energy_rank", "split_index"),
+    "split": ("Split", "effective_rank", "energy_rank", "split_index"),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -23,7 +23,8 @@ from mergekit_monosoup.spectral.matrix import MatrixView, ViewKind, choose_view
 from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
 from mergekit_monosoup.spectral.products import add_projection
 from mergekit_monosoup.spectral.spectrum import Backend, decompose
-from mergekit_monosoup.spectral.split import effective_rank, split_index
+from mergekit_monosoup.spectral.split import EFFECTIVE_RANK, Split, effective_rank
+from mergekit_monosoup.spectral.storing import Storage, sampled_lines, survived
 from mergekit_monosoup.spectral.update import Block, MatrixUpdate
 
 # Entries up to which each thread takes a matrix of a stack for itself, so that no thread waits for another,
@@ -33,7 +34,11 @@ _ONE_EACH, _ALL_AT_A_TIME = 1 << 22, 1 << 26
 
 @dataclass(frozen=True)
 class MatrixRecord:
-    """What was found and done in one matrix: its rank r, the split, the coefficients and ||dW||_F."""
+    """What was found and done in one matrix: its rank r, the split, the coefficients and ||dW||_F.
+
+    `noise` and `threshold` are there where the split is a noise threshold. `survived` and `intended` are
+    <E', E> and <E, E> of an edit, of some entries: see `Storage.survival`.
+    """
 
     rank: int
     k: int
@@ -41,6 +46,27 @@ class MatrixRecord:
     coefficients: Coefficients
     backend: str
     norm: float
+    noise: float | None = None
+    threshold: float | None = None
+    survived: float = 0.0
+    intended: float = 0.0
+
+    @classmethod
+    def of(
+        cls, values: Tensor, shape: tuple[int, int], split: Split, mixing: Mixing, backend: str, norm: float
+    ) -> MatrixRecord:
+        """Return what a split and a mixing find in the singular values of a matrix."""
+        k = split.index(values, shape)
+        c = mixing_coefficients(values, k, mixing)
+        threshold = split.threshold(*shape)
+        # In units of `values`, of which the norm may be another one.
+        unit = norm / float(values.norm())
+        noise, tau = (
+            (None, None)
+            if threshold is None
+            else (unit * threshold.noise(values), unit * threshold.threshold(values))
+        )
+        return cls(min(shape), k, effective_rank(values), c, backend, norm, noise, tau)
 
 
 @dataclass(frozen=True)
@@ -80,6 +106,22 @@ class EditRecord:
         return self._mean([m.effective_rank for m in self.matrices])
 
     @property
+    def noise(self) -> float:
+        """Noise level sigma of a noise threshold."""
+        return self._mean([m.noise for m in self.matrices if m.noise is not None])
+
+    @property
+    def threshold(self) -> float:
+        """Noise threshold tau."""
+        return self._mean([m.threshold for m in self.matrices if m.threshold is not None])
+
+    @property
+    def survival(self) -> float:
+        """<E', E> / <E, E>: the part of the edit E that its rounded copy E' holds; NaN where E is zero."""
+        intended = math.fsum(m.intended for m in self.matrices)
+        return math.fsum(m.survived for m in self.matrices) / intended if intended else math.nan
+
+    @property
     def rho(self) -> float:
         """Spectral decay ratio (s_{k+1} / s_1)^2."""
         return self._mean([m.coefficients.rho for m in self.matrices])
@@ -107,19 +149,21 @@ class EditRecord:
 
 @dataclass(frozen=True)
 class EditOptions:
-    """How an update is split and mixed, and how much of the result is added.
+    """How an update is split and mixed, how much of the result is added, and how that is stored.
 
     Args:
-        energy: R in (0, 1], or None for the effective rank.
+        split: the rule for k.
         mixing: `monosoup` or one of the ablations.
         alpha: Wise-FT factor on the edited update.
         spectrum: how the spectrum is computed; see `spectrum.decompose`.
+        storage: how the weight is rounded.
     """
 
-    energy: float | None = None
+    split: Split = EFFECTIVE_RANK
     mixing: Mixing = "monosoup"
     alpha: float = 1.0
     spectrum: Backend = "auto"
+    storage: Storage = Storage()
 
 
 @torch.no_grad()
@@ -162,6 +206,7 @@ def edit_update(
     dw: Tensor,
     *,
     energy: float | None = None,
+    split: Split | None = None,
     mixing: Mixing = "monosoup",
     spectrum: Backend = "auto",
     view: MatrixView | None = None,
@@ -169,12 +214,14 @@ def edit_update(
     """Return the edited update lambda_high dW_high + lambda_low dW_low by itself.
 
     The split and the coefficients are MonoSoup's (arXiv 2602.09689, section 4): k from the effective
-    rank, or from the energy threshold where `energy` is given.
+    rank, or from the energy threshold where `energy` is given. DG-Hard (arXiv 2605.20296) is
+    `split=Split("donoho_gavish"), mixing="high"`.
 
     Args:
         dw: update of a linear weight `[out, in]`, a convolution `[out, in, k, ...]` or a stack of
             experts `[experts, out, in]`.
-        energy: R in (0, 1], or None for the effective rank.
+        energy: R in (0, 1]; short for `split=Split(energy=R)`.
+        split: the rule for k; absent, the effective rank.
         mixing: `monosoup` or one of the ablations.
         spectrum: how the spectrum is computed; see `spectrum.decompose`.
         view: how `dw` is read as matrices; by its shape alone where absent.
@@ -189,7 +236,7 @@ def edit_update(
     view = _required_view(dw, view)
     dtype = torch.float64 if dw.dtype == torch.float64 else torch.float32
     out = torch.empty(dw.shape, dtype=dtype, device=dw.device)
-    options = EditOptions(energy, mixing, spectrum=spectrum)
+    options = EditOptions(split or Split(energy=energy), mixing, spectrum=spectrum)
     records = _edit_stack(None, [view.of(dw)], (1.0,), view.of(out), options)
     return out, EditRecord(tuple(r for r in records if r is not None), view.kind)
 
@@ -218,14 +265,14 @@ def _edit_stack(
         records: list[MatrixRecord | None] = []
         for part in batches((out.shape[0], out.shape[1], out.shape[2]), out.device):
             w0 = None if base is None else base[part]
-            records += _edit_batch(w0, [t[part] for t in tuned], weights, out[part], options)
+            records += _edit_batch(w0, [t[part] for t in tuned], weights, out[part], options, part.start)
         return records
     by_svd = options.spectrum == "svd" or tuned[0].dtype == torch.float64
     with nullcontext() if by_svd else at_work(out.device, out.numel()):
 
         def edit(i: int) -> MatrixRecord | None:
             update = MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights)
-            return _edit_matrix(update, out[i], options)
+            return _edit_matrix(update, out[i], options, i)
 
         most = min(_ONE_EACH, _ALL_AT_A_TIME // crew().size)
         one_each = len(out) >= crew().size and out[0].numel() <= most
@@ -233,57 +280,86 @@ def _edit_stack(
 
 
 def _edit_batch(
-    base: Tensor | None, tuned: Sequence[Tensor], weights: Sequence[float], out: Tensor, options: EditOptions
+    base: Tensor | None,
+    tuned: Sequence[Tensor],
+    weights: Sequence[float],
+    out: Tensor,
+    options: EditOptions,
+    first: int,
 ) -> list[MatrixRecord | None]:
     delta = stacked_update(base, tuned, weights)
     spectra = BatchedSpectra(delta)
     rank = min(out.shape[1:])
+    shape = out.shape[1], out.shape[2]
     factors = torch.ones(len(out), rank, dtype=torch.float64)
     records: list[MatrixRecord | None] = []
     for i in range(len(out)):
         values = spectra.values(i)
-        found = spectra.split(i, options.energy, options.mixing) if float(values[0]) > 0 else None
-        if found is None:
+        if float(values[0]) == 0 or not spectra.decides(i, options.split):
             records.append(None)
             continue
-        k, effective, c = found
-        factors[i, :k], factors[i, k:] = c.lambda_high, c.lambda_low
-        records.append(MatrixRecord(rank, k, effective, c, "gram64", float(values.norm())))
+        record = MatrixRecord.of(
+            values, shape, options.split, options.mixing, "gram64", float(values.norm())
+        )
+        c = record.coefficients
+        factors[i, : record.k], factors[i, record.k :] = c.lambda_high, c.lambda_low
+        records.append(record)
     edited = spectra.apply(delta, factors) * options.alpha
-    out.copy_(edited if base is None else edited + base.float())
+    if base is not None:
+        edited += base.float()
+    rounded = options.storage.rounded(edited, out.dtype, first * out[0].numel())
+    out.copy_(rounded)
+    if base is not None and len(tuned) == 1:
+        lines = sampled_lines(shape[0], out[0].numel())
+        for i, record in enumerate(records):
+            if record is not None:
+                w1 = tuned[0][i, lines].float()
+                sums = options.storage.survival(out.dtype, edited[i, lines], rounded[i, lines], w1)
+                survived_, intended = survived([sums])
+                records[i] = replace(record, survived=survived_, intended=intended)
     for i, record in enumerate(records):
         if record is None:
             update = MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights)
-            records[i] = _edit_matrix(update, out[i], options)
+            records[i] = _edit_matrix(update, out[i], options, first + i)
     return records
 
 
-def _edit_matrix(update: MatrixUpdate, out: Tensor, options: EditOptions) -> MatrixRecord | None:
-    """Write base + alpha * edited update into `out` `[rows, columns]`; None without an update."""
-    rank = min(out.shape)
+def _edit_matrix(
+    update: MatrixUpdate, out: Tensor, options: EditOptions, index: int
+) -> MatrixRecord | None:
+    """Write base + alpha * edited update into `out` `[rows, columns]`; None without an update.
+
+    Args:
+        update: the matrix.
+        out: where the result goes.
+        options: split, mixing, factor and storage.
+        index: of the matrix in its stack.
+    """
     update = update.without_untouched_lines()
     if update.lines is not None:
         _copy_base(update, out)
-    spectrum = decompose(update, options.energy, options.spectrum) if update.small else None
+    spectrum = decompose(update, options.split, options.spectrum) if update.small else None
     if spectrum is None:
         _copy_base(update, out)
         return None
     values = spectrum.singular_values
-    k = split_index(values, options.energy)
-    c = mixing_coefficients(values, k, options.mixing)
+    norm = float(values.norm())
+    record = MatrixRecord.of(values, update.shape, options.split, options.mixing, spectrum.backend, norm)
+    k, c = record.k, record.coefficients
     basis = None
-    whole, part = c.lambda_high, 0.0
-    if k < len(values) and c.lambda_high != c.lambda_low:
+    whole, part = c.lambda_low if k == 0 else c.lambda_high, 0.0
+    if 0 < k < len(values) and c.lambda_high != c.lambda_low:
         basis, complement = spectrum.basis(k)
         basis = basis.to(update.dtype)
         # edited = whole * dW + part * dW B B^T, B on the side of the split that has fewer directions.
         whole = c.lambda_high if complement else c.lambda_low
         part = c.lambda_low - whole if complement else c.lambda_high - whole
-    norm = float(values.norm())
-    record = MatrixRecord(rank, k, effective_rank(values), c, spectrum.backend, norm)
     del spectrum
-    _apply(update, out, options.alpha * whole, options.alpha * part, basis)
-    return record
+    sums = _apply(
+        update, out, options.alpha * whole, options.alpha * part, basis, options.storage, index * out.numel()
+    )
+    found, intended = survived(sums)
+    return replace(record, survived=found, intended=intended)
 
 
 def _copy_base(update: MatrixUpdate, out: Tensor) -> None:
@@ -293,13 +369,33 @@ def _copy_base(update: MatrixUpdate, out: Tensor) -> None:
         out.copy_(update.base)
 
 
-def _apply(update: MatrixUpdate, out: Tensor, whole: float, part: float, basis: Tensor | None) -> None:
-    """Write base + whole * dW + part * dW basis basis^T, block by block."""
+def _apply(
+    update: MatrixUpdate,
+    out: Tensor,
+    whole: float,
+    part: float,
+    basis: Tensor | None,
+    storage: Storage,
+    first: int,
+) -> list[Tensor]:
+    """Write base + whole * dW + part * dW basis basis^T, block by block; return what survives of the edit.
 
-    def write(span: tuple[int, int]) -> None:
-        update.write(out, *span, _edited_block(update.block(*span), whole, part, basis))
+    That is asked of one fine-tuned checkpoint alone: the average of several lies off the grid anyway.
+    """
+    measured = update.base is not None and len(update.tuned) == 1
 
-    crew().map(write, update.spans())
+    def write(span: tuple[int, int]) -> Tensor | None:
+        block = update.block(*span)
+        lines = sampled_lines(update.long, update.long * update.small, span[0])
+        w1 = block.base[lines] + block.delta[lines] if measured and block.base is not None else None
+        value = _edited_block(block, whole, part, basis)
+        rounded = storage.rounded(value, out.dtype, first + span[0] * update.small)
+        update.write(out, *span, rounded)
+        if w1 is None or not len(w1):
+            return None
+        return storage.survival(out.dtype, value[lines], rounded[lines], w1)
+
+    return [sums for sums in crew().map(write, update.spans()) if sums is not None]
 
 
 def _edited_block(block: Block, whole: float, part: float, basis: Tensor | None) -> Tensor:

@@ -86,3 +86,15 @@ class Refined:
         _, turn = torch.linalg.eigh(crew().sum(square, self.update.spans()))
         found: Tensor = (basis @ turn).to(vectors.dtype)
         return found
+
+
+@dataclass(frozen=True)
+class Above:
+    """The vectors of `inner`, above `count` others in ascending order that are not known."""
+
+    count: int
+    inner: VectorSource
+
+    def vectors(self, start: int, stop: int) -> Tensor:
+        """Return vectors `start` to `stop`, all of them known."""
+        return self.inner.vectors(start - self.count, stop - self.count)
