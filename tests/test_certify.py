@@ -198,9 +198,7 @@ def test_a_drowned_tail_that_decides_is_not_certain():
     for values, expected in ((torch.full((200,), 1e-5).double(), False), (spectrum("linear"), True)):
         values[0] = 1.0
         diagonal = torch.ones(200).double() * values.square().mean()
-        assert (
-            decides(values, gram_doubt(values, diagonal, product_error(torch.float32)), None) is expected
-        )
+        assert decides(values, gram_doubt(values, diagonal, product_error(torch.float32)), None) is expected
 
 
 def subspace_is_certain(values, diagonal, error, k, reduction=0.0, hidden=0.0, refined=0):

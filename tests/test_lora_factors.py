@@ -13,6 +13,7 @@ from oracle import MIXINGS, monosoup_update
 
 from mergekit_monosoup.errors import NonFiniteError, ParameterError, ShapeMismatchError
 from mergekit_monosoup.lora.factors import LowRankUpdate, edit_factors, mean_of, rank_for, truncate
+from mergekit_monosoup.spectral import Split
 
 
 def random_update(

@@ -97,6 +97,7 @@ def plan_units(
             if ours:
                 task = host.with_parameters(task, **{MERGE: merge})
                 dtype = DEQUANTISED if dtype in FLOAT8 else dtype
+                merge.stored_dtypes[entry.name] = dtype
         units[entry.name] = Unit(entry.name, task, tuple(like.shape), dtype, passed_on)
     return PlannedUnits(tuple(units.values()), tokenizer)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from mergekit_monosoup.checkpoint.lineage import BaseWatch
 from mergekit_monosoup.errors import ParameterError
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
+# Mean share of the edits below which a merge warns.
+_LEAST_SURVIVAL = 0.8
+
 
 # Told apart by identity: two merges of the same checkpoints are two merges.
 @dataclass(eq=False)
@@ -38,17 +45,21 @@ class Merge:
             merged without a recipe.
         on_outcome: is told what became of each tensor; costs nothing.
         on_record: is told in figures; each tensor is then measured.
+        stored_dtypes: in which dtype each tensor will be stored in the end, by its name, where that is known
+            and may differ from what a method returns.
     """
 
     base: Any = None
     finetuned: tuple[Any, ...] = ()
     on_outcome: Sequence[Callable[[Outcome], None]] = ()
     on_record: Sequence[Callable[[TensorRecord], None]] = ()
+    stored_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     decision: Any = None
     _settings: dict[str, Any] = field(default_factory=dict)
     _settled_by: dict[str, str | None] = field(default_factory=dict)
     _files: dict[Path, Recorder] = field(default_factory=dict)
     _watch: BaseWatch = field(default_factory=BaseWatch)
+    _survivals: list[float] = field(default_factory=list)
     _adapters: Adapters | None = None
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -116,6 +127,9 @@ class Merge:
         name = group.metadata.name or ""
         for tell in self.on_outcome:
             tell(Outcome(name, merged.action, merged.reason, merged.edit))
+        survival = merged.edit.survival if merged.edit is not None else merged.survival
+        if survival is not None and not math.isnan(survival):
+            self._survivals.append(survival)
         if group.base is None:
             return
         self._look_at_base(group, group.base)
@@ -137,6 +151,7 @@ class Merge:
                 method=spec.name,
                 parameters={k: v for k, v in (parameters or {}).items() if v != defaults[k]},
                 figures=dict(figures or {}),
+                edit_survival=survival,
             )
         for take in self.on_record:
             take(record)
@@ -144,14 +159,19 @@ class Merge:
             self._file(report, spec.name, group).add(record)
 
     def close(self) -> None:
-        """Complete the reports that the recipe named."""
+        """Complete the reports that the recipe named; warn where rounding has undone much of the edits."""
         with self._lock:
+            survivals, self._survivals = self._survivals, []
             done = list(self._files.values())
             self._files.clear()
         for recorder in done:
             with suppress(OSError):
                 recorder.close()
                 LOG.info("wrote the report %s", recorder.path)
+
+        message = lost_to_rounding(survivals)
+        if message is not None:
+            LOG.warning("%s", message)
 
     def _look_at_base(self, group: TensorGroup, base: TensorEntry) -> None:
         """Warn once when the values say that the base is none."""
@@ -175,6 +195,22 @@ class Merge:
                     new_header(method=method, device=device), path, hashes=InputHashes(_folders(group))
                 )
             return self._files[path]
+
+
+def lost_to_rounding(survivals: Sequence[float]) -> str | None:
+    """Return what to say of edits that came out of storage weaker than intended, None where they did not.
+
+    Args:
+        survivals: of the tensors, see `Storage.survival`.
+    """
+    if not survivals or fmean(survivals) >= _LEAST_SURVIVAL:
+        return None
+    return (
+        f"of what the edit changes in the fine-tuned weights, {fmean(survivals):.0%} is left after rounding "
+        f"(mean of {len(survivals)} tensors, the least {min(survivals):.0%}): changes below half a spacing "
+        "of the stored dtype round back. Set `rounding: stochastic` to keep all of it on average, or "
+        "`out_dtype: float32` to keep it exactly"
+    )
 
 
 def _folders(group: TensorGroup) -> list[tuple[str, Literal["base", "finetuned"], Path]]:

@@ -25,7 +25,8 @@ class Outcome:
 class MergedWeight:
     """The weight that a method has made of a group, what it has done, and why.
 
-    `edit` is there for edited ones; `update_norm`, ||dW||_F before any edit, where it was found anyway.
+    `edit` is there for edited ones; `update_norm`, ||dW||_F before any edit, where it was found anyway;
+    `survival`, the share of what was changed that its rounded copy holds, where `edit` does not say it.
     """
 
     weight: Tensor
@@ -33,6 +34,7 @@ class MergedWeight:
     reason: str = ""
     edit: EditRecord | None = None
     update_norm: float | None = None
+    survival: float | None = None
 
 
 def below(threshold: float) -> str:

@@ -105,6 +105,8 @@ def edit_fields(edit: EditRecord) -> dict[str, Any]:
         "cos_alpha": edit.cos_alpha,
         "lambda_low": edit.lambda_low,
         "lambda_high": edit.lambda_high,
+        "noise": edit.noise,
+        "threshold": edit.threshold,
     }
 
 

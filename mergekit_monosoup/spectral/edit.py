@@ -24,7 +24,7 @@ from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coeff
 from mergekit_monosoup.spectral.products import add_projection
 from mergekit_monosoup.spectral.spectrum import Backend, decompose
 from mergekit_monosoup.spectral.split import EFFECTIVE_RANK, Split, effective_rank
-from mergekit_monosoup.spectral.storing import Storage, sampled_lines, survived
+from mergekit_monosoup.spectral.storing import NEAREST, Storage, sampled_lines, survived
 from mergekit_monosoup.spectral.update import Block, MatrixUpdate
 
 # Entries up to which each thread takes a matrix of a stack for itself, so that no thread waits for another,
@@ -163,7 +163,7 @@ class EditOptions:
     mixing: Mixing = "monosoup"
     alpha: float = 1.0
     spectrum: Backend = "auto"
-    storage: Storage = Storage()
+    storage: Storage = NEAREST
 
 
 @torch.no_grad()
@@ -298,9 +298,7 @@ def _edit_batch(
         if float(values[0]) == 0 or not spectra.decides(i, options.split):
             records.append(None)
             continue
-        record = MatrixRecord.of(
-            values, shape, options.split, options.mixing, "gram64", float(values.norm())
-        )
+        record = MatrixRecord.of(values, shape, options.split, options.mixing, "gram64", float(values.norm()))
         c = record.coefficients
         factors[i, : record.k], factors[i, record.k :] = c.lambda_high, c.lambda_low
         records.append(record)
@@ -324,9 +322,7 @@ def _edit_batch(
     return records
 
 
-def _edit_matrix(
-    update: MatrixUpdate, out: Tensor, options: EditOptions, index: int
-) -> MatrixRecord | None:
+def _edit_matrix(update: MatrixUpdate, out: Tensor, options: EditOptions, index: int) -> MatrixRecord | None:
     """Write base + alpha * edited update into `out` `[rows, columns]`; None without an update.
 
     Args:

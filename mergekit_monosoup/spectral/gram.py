@@ -43,7 +43,7 @@ class GramDecomposition:
 
     `values` are the singular values of the columns that the update touches (`live`), `[q]`, descending,
     float64 on the CPU, `doubt` their errors and `diagonal` the squared norms of the columns; all three belong
-    to scaled entries. `error` and `reduction` are those of `certify`, `hidden` what rounding the result hides.
+    to scaled entries. `error` and `reduction` are those of `certify`, `hidden` what rounding hides.
     """
 
     values: Tensor

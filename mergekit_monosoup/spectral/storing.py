@@ -27,10 +27,10 @@ _SAMPLE = 1 << 16
 class Storage:
     """The dtype in which a result ends up, and how it is rounded on the way.
 
-    `nearest` rounds to the nearest neighbour, ties to even; `stochastic` to either neighbour, to the nearer one
-    more often, so that the expected value is the value itself. A number on the grid stays as it is. The random
-    numbers belong to the tensor's name and the position of the entry: they do not depend on threads, blocks,
-    devices or machines.
+    `nearest` rounds to the nearest neighbour, ties to even; `stochastic` to either neighbour, to the nearer
+    one more often, so that the expected value is the value itself. A number on the grid stays as it is. The
+    random numbers belong to the tensor's name and the position of the entry: they do not depend on threads,
+    blocks, devices or machines.
 
     Args:
         rounding: how to round.
@@ -51,8 +51,8 @@ class Storage:
             start: position of the first entry in the tensor; entries follow in the order of the axes.
 
         Returns:
-            Numbers in a dtype that holds them exactly; `value` itself for `nearest`, and where nothing coarser
-            than float32 is written.
+            Numbers in a dtype that holds them exactly; `value` itself for `nearest`, and where nothing
+            coarser than float32 is written.
         """
         dtype = self.dtype or dtype
         if self.rounding == "nearest" or dtype not in _COARSE:
@@ -89,6 +89,9 @@ class Storage:
         written = rounded.to(self.dtype or dtype).to(tuned.dtype)
         edit = intended - tuned
         return torch.stack([((written - tuned) * edit).sum(), edit.square().sum(), tuned.square().sum()])
+
+
+NEAREST = Storage()
 
 
 def sampled_lines(count: int, entries: int, start: int = 0) -> slice:

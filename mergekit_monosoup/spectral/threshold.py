@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-NoiseEstimate = Literal["median", "lower_quarter"]
+from mergekit_monosoup.spectral.rule import NoiseEstimate
 
 # Quartile of the absolute value of a standard normal variable, by which DG-Hard's second estimate divides.
 _NORMAL_QUARTILE = 0.6745
