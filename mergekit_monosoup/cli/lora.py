@@ -39,7 +39,7 @@ class _Rank(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--split",
     type=click.Choice(["effective_rank", "energy", "donoho_gavish"]),
-    help="Rule for the split; `energy` alone means 0.8. Factors have no noise: donoho_gavish keeps all of them.",
+    help="Rule for the split; `energy` alone: 0.8. Factors have no noise, so donoho_gavish keeps everything.",
 )
 @click.option(
     "--threshold-scale",

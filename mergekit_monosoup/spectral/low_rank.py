@@ -12,9 +12,12 @@ from mergekit_monosoup.spectral.certify import Doubt, is_certain, root_error
 from mergekit_monosoup.spectral.crew import crew
 from mergekit_monosoup.spectral.eigen import DenseEigen, VectorSource
 from mergekit_monosoup.spectral.gram import gram_decomposition
-from mergekit_monosoup.spectral.sources import Above, Rotated
+from mergekit_monosoup.spectral.sources import Rotated, Stacked
 from mergekit_monosoup.spectral.split import Split
 from mergekit_monosoup.spectral.update import Block, MatrixUpdate
+
+# Relative norm of what is left up to which it does not matter how well its own directions are known.
+_HARMLESS = 1e-4
 
 
 def by_factor(update: MatrixUpdate, rough: Tensor, split: Split) -> tuple[Tensor, VectorSource] | None:
@@ -80,6 +83,9 @@ def _above_noise(
     remainder = replace(Remainder(update.base, update.tuned, update.weights), span=leading)
     remainder = replace(remainder, line_axis=update.line_axis, lines=update.lines)
 
+    if math.sqrt(rest) > _HARMLESS * float(found.norm()):
+        return None
+
     # Squared, what directions inside and outside of the span have in common moves values to second order.
     def coupling(span: tuple[int, int]) -> Tensor:
         whole = update.block(*span, dtype=torch.float64).delta
@@ -103,9 +109,7 @@ def _above_noise(
         )
         values = torch.cat([found, others])
         if is_certain(values, doubt, split, update.shape):
-            # Directions of the noise are not known here.
-            enough = split.index(values, update.shape) <= len(found)
-            return (values, Above(count, source)) if enough else None
+            return values, Stacked(count, part.eigen, part.live, source)
     return None
 
 

@@ -89,12 +89,21 @@ class Refined:
 
 
 @dataclass(frozen=True)
-class Above:
-    """The vectors of `inner`, above `count` others in ascending order that are not known."""
+class Stacked:
+    """The vectors of `above` behind `count` of those of `below`, which has as many others before them.
+
+    `below` knows the columns marked in `live` alone.
+    """
 
     count: int
-    inner: VectorSource
+    below: VectorSource
+    live: Tensor
+    above: VectorSource
 
     def vectors(self, start: int, stop: int) -> Tensor:
-        """Return vectors `start` to `stop`, all of them known."""
-        return self.inner.vectors(start - self.count, stop - self.count)
+        """Return vectors `start` to `stop` in ascending order, `[small, stop - start]`."""
+        low, high = min(start, self.count), min(stop, self.count)
+        skipped = int(self.live.sum()) - self.count
+        below = among_all(self.below.vectors(low + skipped, high + skipped), self.live)
+        above = self.above.vectors(max(start, self.count) - self.count, max(stop, self.count) - self.count)
+        return torch.cat([below.to(above), above], dim=1)
