@@ -90,7 +90,7 @@ class Refined:
 
 @dataclass(frozen=True)
 class Stacked:
-    """The vectors of `above` behind `count` of those of `below`, which has as many others before them.
+    """The vectors of `above` behind the last `count` of those of `below`.
 
     `below` knows the columns marked in `live` alone.
     """
@@ -102,8 +102,11 @@ class Stacked:
 
     def vectors(self, start: int, stop: int) -> Tensor:
         """Return vectors `start` to `stop` in ascending order, `[small, stop - start]`."""
-        low, high = min(start, self.count), min(stop, self.count)
         skipped = int(self.live.sum()) - self.count
-        below = among_all(self.below.vectors(low + skipped, high + skipped), self.live)
-        above = self.above.vectors(max(start, self.count) - self.count, max(stop, self.count) - self.count)
-        return torch.cat([below.to(above), above], dim=1)
+        parts = []
+        if start < self.count:
+            below = self.below.vectors(start + skipped, min(stop, self.count) + skipped)
+            parts.append(among_all(below, self.live).double())
+        if stop > self.count:
+            parts.append(self.above.vectors(max(start - self.count, 0), stop - self.count).double())
+        return torch.cat(parts, dim=1)
