@@ -32,8 +32,8 @@ from mergekit_monosoup.merging.layout import plan_layout
 from mergekit_monosoup.merging.local import run_units
 from mergekit_monosoup.merging.progress import Progress
 from mergekit_monosoup.merging.report import merge_recorder
-from mergekit_monosoup.merging.units import Unit, by_input, plan_units
-from mergekit_monosoup.merging.writer import PickleWriter, Writer
+from mergekit_monosoup.merging.units import Unit, by_input, is_out_of_memory, out_of_memory, plan_units
+from mergekit_monosoup.merging.writer import FULL, PickleWriter, Writer, full_disk
 from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
 from mergekit_monosoup.registry import stock
@@ -106,10 +106,14 @@ def merge_to_folder(
         # What was merged of such a recipe or input is of no use to the next.
         folder.abandon(keep=left)
         raise
-    except BaseException:
+    except BaseException as error:
         folder.abandon(keep=run.has_results)
         if run.has_results:
             LOG.warning("what is done is kept in %s; --resume goes on with it", folder.path)
+        if is_out_of_memory(error):
+            raise out_of_memory("the merge") from error
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise full_disk(folder.path) from error
         raise
     finally:
         run.close()
@@ -166,6 +170,7 @@ class Run:
         file = self._folder.path / journal.NAME
         self._recorder = merge_recorder(self._recipe, config, options, self._folder.path, self._report)
         path = self._folder.path
+        kept = Journal.resume(file, said) if self._resumed else None
         self._writer: Writer | PickleWriter
         if not options.safe_serialization:
             self._writer = PickleWriter(path, options.out_shard_size)
@@ -173,7 +178,7 @@ class Run:
             self._writer = Writer.reopen(path, layout)
         else:
             self._writer = Writer.create(path, layout)
-        self._journal = Journal.resume(file, said) if self._resumed else Journal(file, said)
+        self._journal = kept or Journal(file, said)
 
     def execute(self) -> None:
         """Compute what is not there yet, and write it."""

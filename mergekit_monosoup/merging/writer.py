@@ -13,11 +13,13 @@ import torch
 from mergekit.io.tensor_writer import TensorWriter
 from torch import Tensor
 
-from mergekit_monosoup.checkpoint.output import gigabytes
+from mergekit_monosoup.checkpoint.output import free_bytes, gigabytes
 from mergekit_monosoup.errors import InputError, OutputError
 from mergekit_monosoup.merging.layout import INDEX, Layout
 
 _PIECE = 1 << 22
+# What the operating system says where there is no room.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Writer:
@@ -158,6 +160,14 @@ def _reserve(descriptor: int, size: int) -> None:
                 raise
 
 
+def full_disk(folder: Path, why: str = "the result does not fit") -> OutputError:
+    """Return the error for a disk without room."""
+    return OutputError(
+        f"the disk of {folder} is full: {why} and {gigabytes(free_bytes(folder))} are free; make room, or "
+        "choose another disk"
+    )
+
+
 class _told:
     """Turn what the operating system says of a file that is written into a sentence with a remedy."""
 
@@ -170,11 +180,8 @@ class _told:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if not isinstance(error, OSError):
             return
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            status = os.statvfs(self._path.parent)
-            free = gigabytes(status.f_bavail * status.f_frsize)
-            raise OutputError(
-                f"the disk of {self._path.parent} is full: {self._path.name} needs {gigabytes(self._needed)} "
-                f"and {free} are free; make room, or choose another disk"
+        if error.errno in FULL:
+            raise full_disk(
+                self._path.parent, f"{self._path.name} needs {gigabytes(self._needed)}"
             ) from error
         raise OutputError(f"{self._path} cannot be written ({error.strerror})") from error
