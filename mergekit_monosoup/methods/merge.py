@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,6 +21,7 @@ from mergekit_monosoup.report.measure import tensor_record
 from mergekit_monosoup.report.recorder import Recorder, new_header
 from mergekit_monosoup.report.rounding import sample
 from mergekit_monosoup.report.schema import TensorRecord
+from mergekit_monosoup.report.survival import lost_to_rounding
 from mergekit_monosoup.spectral.crew import torch_threads
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from mergekit_monosoup.lora.exact import Adapters
 
 LOG = logging.getLogger(__name__)
-
-# Mean share of the edits below which a merge warns.
-_LEAST_SURVIVAL = 0.8
 
 
 # Told apart by identity: two merges of the same checkpoints are two merges.
@@ -195,22 +192,6 @@ class Merge:
                     new_header(method=method, device=device), path, hashes=InputHashes(_folders(group))
                 )
             return self._files[path]
-
-
-def lost_to_rounding(survivals: Sequence[float]) -> str | None:
-    """Return what to say of edits that came out of storage weaker than intended, None where they did not.
-
-    Args:
-        survivals: of the tensors, see `Storage.survival`.
-    """
-    if not survivals or fmean(survivals) >= _LEAST_SURVIVAL:
-        return None
-    return (
-        f"of what the edit changes in the fine-tuned weights, {fmean(survivals):.0%} is left after rounding "
-        f"(mean of {len(survivals)} tensors, the least {min(survivals):.0%}): changes below half a spacing "
-        "of the stored dtype round back. Set `rounding: stochastic` to keep all of it on average, or "
-        "`out_dtype: float32` to keep it exactly"
-    )
 
 
 def _folders(group: TensorGroup) -> list[tuple[str, Literal["base", "finetuned"], Path]]:

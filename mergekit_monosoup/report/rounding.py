@@ -78,6 +78,30 @@ def _spacing_exponents(values: Any, dtype: torch.dtype) -> Any:
     return np.where(values == 0, smallest, np.maximum(exponents - 1, smallest)) + digits
 
 
+def expected_survival(tuned: Tensor, edit_norm: float) -> float | None:
+    """Return <E', E> / <E, E> to be expected of an edit E of fine-tuned weights, E' being what is stored of it.
+
+    W1 + E is rounded to the grid that W1 lies on. E is taken for normal, of one standard deviation, and
+    independent of the weights.
+
+    Args:
+        tuned: W1.
+        edit_norm: ||E||_F.
+    """
+    dtype = storage_dtype(tuned)
+    if edit_norm == 0 or tuned.numel() == 0:
+        return None
+    if dtype not in (torch.bfloat16, torch.float16):
+        return 1.0
+    exponents = _spacing_exponents(sample(tuned).double().cpu().numpy(), dtype)
+    steps = _STEPS * (math.log2(edit_norm / math.sqrt(tuned.numel())) - exponents)
+    squares, _, noise = _rounded_normal()
+    sizes = np.arange(_LOWEST, _HIGHEST + 1)
+    # E[d u] = (E[u^2] + E[d^2] - E[(d - u)^2]) / 2, over E[u^2].
+    shares = (1 + (squares - noise) / np.exp2(2 * sizes / _STEPS)) / 2
+    return float(np.interp(steps, sizes, shares, left=0.0, right=1.0).mean())
+
+
 # Steps of log2 s in which the moments of rounded normal numbers are tabulated, from s = q / 16 to 4 q; below,
 # nothing moves, and above, rounding is uniform.
 _STEPS = 8

@@ -309,14 +309,14 @@ def _edit_batch(
     out.copy_(rounded)
     if base is not None and len(tuned) == 1:
         lines = sampled_lines(shape[0], out[0].numel())
-        for i, record in enumerate(records):
-            if record is not None:
+        for i, found in enumerate(records):
+            if found is not None:
                 w1 = tuned[0][i, lines].float()
                 sums = options.storage.survival(out.dtype, edited[i, lines], rounded[i, lines], w1)
-                survived_, intended = survived([sums])
-                records[i] = replace(record, survived=survived_, intended=intended)
-    for i, record in enumerate(records):
-        if record is None:
+                left, intended = survived([sums])
+                records[i] = replace(found, survived=left, intended=intended)
+    for i, decided in enumerate(records):
+        if decided is None:
             update = MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights)
             records[i] = _edit_matrix(update, out[i], options, first + i)
     return records
