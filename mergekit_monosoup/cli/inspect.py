@@ -41,9 +41,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Factor on the Donoho-Gavish threshold.",
 )
-@click.option(
-    "--dg-hard", is_flag=True, help="Look with the eyes of dg_hard: that split, and the rest dropped."
-)
+@click.option("--dg-hard", is_flag=True, help="What dg_hard would do: that split, the rest dropped.")
 @click.option("--filter", "part", default="", metavar="TEXT", help="Only tensors whose name contains TEXT.")
 @click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Folder for PNG figures.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a report.")

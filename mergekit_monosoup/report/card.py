@@ -20,9 +20,9 @@ _ABOUT = {
         "no training, and nothing to tune."
     ),
     "dg_hard": (
-        "DG-Hard ([arXiv 2605.20296](https://arxiv.org/abs/2605.20296)) keeps those singular directions of the "
-        "update that fine-tuning made to each weight matrix whose singular value is above the noise, and drops "
-        "the others. The threshold is that of Gavish and Donoho "
+        "DG-Hard ([arXiv 2605.20296](https://arxiv.org/abs/2605.20296)) keeps those singular directions of "
+        "the update that fine-tuning made to each weight matrix whose singular value is above the noise, and "
+        "drops the others. The threshold is that of Gavish and Donoho "
         "([arXiv 1305.5870](https://arxiv.org/abs/1305.5870)) for noise of unknown level, which is estimated "
         "from the median singular value. It needs the base model alone: no data and no training."
     ),

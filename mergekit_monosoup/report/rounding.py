@@ -79,7 +79,7 @@ def _spacing_exponents(values: Any, dtype: torch.dtype) -> Any:
 
 
 def expected_survival(tuned: Tensor, edit_norm: float) -> float | None:
-    """Return <E', E> / <E, E> to be expected of an edit E of fine-tuned weights, E' being what is stored of it.
+    """Return <E', E> / <E, E> to be expected of an edit E of fine-tuned weights of which E' is stored.
 
     W1 + E is rounded to the grid that W1 lies on. E is taken for normal, of one standard deviation, and
     independent of the weights.

@@ -15,9 +15,9 @@ def survival_sentence(survivals: Sequence[float | None]) -> str | None:
     if not known:
         return None
     return (
-        f"Of what the edit changes in the fine-tuned weights, {fmean(known):.0%} is in the written ones (mean of "
-        f"{len(known)} tensors, from {min(known):.0%} to {max(known):.0%}); changes of less than half a spacing "
-        "of the stored dtype may round back."
+        f"Of what the edit changes in the fine-tuned weights, {fmean(known):.0%} is in the written ones (mean "
+        f"of {len(known)} tensors, from {min(known):.0%} to {max(known):.0%}); changes of less than half a "
+        "spacing of the stored dtype may round back."
     )
 
 
@@ -30,9 +30,10 @@ def lost_to_rounding(survivals: Sequence[float], *, ahead: bool = False) -> str 
     """
     if not survivals or fmean(survivals) >= _LEAST:
         return None
+    verb = "will be" if ahead else "is"
     return (
-        f"of what the edit changes in the fine-tuned weights, {'about ' if ahead else ''}{fmean(survivals):.0%} "
-        f"{'will be' if ahead else 'is'} left after rounding (mean of {len(survivals)} tensors, the least "
-        f"{min(survivals):.0%}): changes below half a spacing of the stored dtype round back. Set `rounding: "
-        "stochastic` to keep all of it on average, or `out_dtype: float32` to keep it exactly"
+        f"of what the edit changes in the fine-tuned weights, {fmean(survivals):.0%} {verb} left after "
+        f"rounding (mean of {len(survivals)} tensors, the least {min(survivals):.0%}): changes below half a "
+        "spacing of the stored dtype round back. Set `rounding: stochastic` to keep all of it on average, or "
+        "`out_dtype: float32` to keep it exactly"
     )
