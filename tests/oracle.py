@@ -161,6 +161,7 @@ def monosoup_weight(
     mixing: str = "monosoup",
     edit: bool = True,
     min_relative_update: float = 0.0,
+    threshold: dict[str, Any] | None = None,
 ) -> Array:
     """One merged tensor in float64, not yet rounded to its storage dtype."""
     w0 = np.asarray(w0, dtype=np.float64)
@@ -172,5 +173,5 @@ def monosoup_weight(
     if norm > 0 and np.linalg.norm(dw) / norm < min_relative_update:
         edit = False
     if edit:
-        dw = per_matrix(lambda m: monosoup_update(m, energy, mixing)[0], dw)
+        dw = per_matrix(lambda m: monosoup_update(m, energy, mixing, threshold)[0], dw)
     return w0 + alpha * dw

@@ -15,9 +15,9 @@ def survival_sentence(survivals: Sequence[float | None]) -> str | None:
     if not known:
         return None
     return (
-        f"Of what the edit changes in the fine-tuned weights, {fmean(known):.0%} is in the written ones (mean "
-        f"of {len(known)} tensors, from {min(known):.0%} to {max(known):.0%}); changes of less than half a "
-        "spacing of the stored dtype may round back."
+        f"Of what the edit changes in the fine-tuned weights, {fmean(known):.0%} is in the written ones "
+        f"(mean of {len(known)} tensors, from {min(known):.0%} to {max(known):.0%}); changes below half "
+        "a spacing of the stored dtype may round back."
     )
 
 
