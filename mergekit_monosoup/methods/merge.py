@@ -44,6 +44,9 @@ class Merge:
         on_record: is told in figures; each tensor is then measured.
         stored_dtypes: in which dtype each tensor will be stored in the end, by its name, where that is known
             and may differ from what a method returns.
+        decision: what was decided once for all tensors.
+        align: measures all checkpoints' updates against each other, given which tensors count and
+            whether adapters go by their factors; absent: they are read here.
     """
 
     base: Any = None
@@ -52,11 +55,12 @@ class Merge:
     on_record: Sequence[Callable[[TensorRecord], None]] = ()
     stored_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     decision: Any = None
+    align: Callable[[Any, bool], Any] | None = None
     _settings: dict[str, Any] = field(default_factory=dict)
     _settled_by: dict[str, str | None] = field(default_factory=dict)
     _files: dict[Path, Recorder] = field(default_factory=dict)
     _watch: BaseWatch = field(default_factory=BaseWatch)
-    _survivals: list[float] = field(default_factory=list)
+    _survivals: dict[str, float] = field(default_factory=dict)
     _adapters: Adapters | None = None
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -97,6 +101,15 @@ class Merge:
                 self.decision = take()
             return self.decision
 
+    def decided(self) -> tuple[Any, dict[str, Any]] | None:
+        """Return the decision and the settings it was taken under, to be handed to another process."""
+        return None if self.decision is None else (self.decision, dict(self._settings))
+
+    def settle(self, decided: tuple[Any, dict[str, Any]]) -> None:
+        """Take over what `decided` returned elsewhere."""
+        with self._lock:
+            self.decision, self._settings = decided
+
     def record(
         self,
         group: TensorGroup,
@@ -125,8 +138,7 @@ class Merge:
         for tell in self.on_outcome:
             tell(Outcome(name, merged.action, merged.reason, merged.edit))
         survival = merged.edit.survival if merged.edit is not None else merged.survival
-        if survival is not None and not math.isnan(survival):
-            self._survivals.append(survival)
+        self.note_survival(name, survival)
         if group.base is None:
             return
         self._look_at_base(group, group.base)
@@ -155,10 +167,16 @@ class Merge:
         if report is not None:
             self._file(report, spec.name, group).add(record)
 
+    def note_survival(self, tensor: str, survival: float | None) -> None:
+        """Take note of what storage leaves of a tensor's edit, also where others have merged it."""
+        if survival is not None and not math.isnan(survival):
+            with self._lock:
+                self._survivals[tensor] = survival
+
     def close(self) -> None:
         """Complete the reports that the recipe named; warn where rounding has undone much of the edits."""
         with self._lock:
-            survivals, self._survivals = self._survivals, []
+            survivals, self._survivals = list(self._survivals.values()), {}
             done = list(self._files.values())
             self._files.clear()
         for recorder in done:
