@@ -8,12 +8,14 @@ import numpy as np
 import oracle
 import pytest
 import spectra
+import test_certify as certify
 import torch
 
 from mergekit_monosoup.errors import ParameterError
 from mergekit_monosoup.lora.factors import LowRankUpdate, edit_factors
 from mergekit_monosoup.spectral import EditOptions, Split, edit_update, edit_weight
 from mergekit_monosoup.spectral.analysis import analyse_update
+from mergekit_monosoup.spectral.certify import Doubt, is_certain
 from mergekit_monosoup.spectral.threshold import NoiseThreshold, marchenko_pastur_median, omega
 
 DG = Split("donoho_gavish")
@@ -209,6 +211,47 @@ def test_the_analysis_finds_what_the_edit_finds(kind):
     assert found.record.noise == pytest.approx(expected.noise, rel=1e-4, abs=1e-12)
     assert found.record.lambda_high == 1
     assert found.fixed[0.8].k == edit_update(dw, energy=0.8)[1].k
+
+
+@pytest.mark.parametrize("reduced", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("make", "kind", "rows", "columns"),
+    [(spectra.update, kind, *shape) for kind, *shape in certify.MEASURED]
+    + [(certify.wide, kind, 700, 512) for kind in certify.WIDE],
+)
+def test_no_single_value_is_off_by_more_than_is_allowed_for(make, kind, rows, columns, reduced):
+    dw = make(kind, rows, columns, 0)
+    found, doubt = certify.gram_values(dw, reduced=reduced)
+    off = (found - certify.exact_values(dw)).abs()
+    assert (off <= 0.7 * (doubt.shift + 8 * doubt.spread + doubt.relative * found)).all()
+
+
+@pytest.mark.parametrize("kind", ["1/i", "i^-1/2", "linear", "spiked"])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.6}, {"noise": "lower_quarter"}], ids=str)
+def test_certain_means_that_no_perturbation_changes_k(kind, options):
+    values, rng = torch.from_numpy(spectra.singular_values(kind, 201)), np.random.default_rng(0)
+    split = Split("donoho_gavish", None, options.get("scale", 1.0), options.get("noise", "median"))
+    verdicts = set()
+    for unit in (1e-12, 1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
+        errors = unit / values.clamp(min=math.sqrt(unit))
+        doubt = Doubt(errors, torch.zeros_like(values))
+        certain = is_certain(values, doubt, split, (201, 201))
+        verdicts.add(certain)
+        for trial in range(20 if certain else 0):
+            moves = rng.uniform(-1, 1, 201) if trial > 1 else np.full(201, 1.0 - 2 * trial)
+            moved = np.sort(np.abs(values.numpy() + errors.numpy() * moves))[::-1]
+            assert oracle.noise_threshold(moved, (201, 201), **options)[2] == split.index(values, (201, 201))
+    assert True in verdicts
+    assert False in verdicts or kind == "linear"
+
+
+def test_a_value_at_the_threshold_is_in_doubt():
+    values = torch.from_numpy(spectra.singular_values("spiked", 201))
+    tau = NoiseThreshold(201, 201).threshold(values)
+    values[4] = tau * (1 + 1e-7)
+    for unit, certain in ((1e-9, True), (1e-6, False)):
+        doubt = Doubt(values * unit, torch.zeros_like(values))
+        assert is_certain(values, doubt, DG, (201, 201)) is certain
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,10 @@ from mergekit_monosoup.spectral.threshold import NoiseThreshold
 # holds nearly everything below a half; tests/test_certify.py measures it.
 _SPREADS = 2.0
 _SHIFT = 1.0
-# The same for a single value, of which each comparison with a noise threshold asks two.
-_SPREADS_OF_ONE = 4.0
+# A single value may be off by more spreads: where one direction holds nearly everything, its errors make a
+# direction of their own. Leading values are also off by a few eps of themselves.
+_SPREADS_OF_ONE = 8.0
+_LEADING = 8.0
 # How far q eigenvalues drowning in independent errors are spread, in an entry's error times sqrt(q).
 _DROWNED = 1.0
 # Householder's reduction in the dtype of the product errs, in the part of the spectrum that decides, like
@@ -46,11 +48,13 @@ class Doubt:
     """What is not known of singular values s_1 >= ... >= s_q.
 
     `shift` `[q]` bounds errors of s_i that may all have the same sign; `spread` `[q]` is the standard
-    deviation of errors that are independent of each other. Both in units of s.
+    deviation of errors that are independent of each other. Both in units of s. `relative` is what values
+    may be off by in units of themselves, which matters to comparisons with single ones alone.
     """
 
     shift: Tensor
     spread: Tensor
+    relative: float = 0.0
 
 
 def product_error(dtype: torch.dtype, sections: float = 1) -> float:
@@ -101,7 +105,8 @@ def gram_doubt(values: Tensor, diagonal: Tensor, error: float, reduction: float 
     if len(drowned):
         q = int(drowned[-1]) + 1
         shift[-q:] = root_error(values[-q:], _DROWNED * math.sqrt(q) * entry)
-    return Doubt(shift, root_error(values, entry))
+    reduced = reduction / (_REDUCTION * float(values[0] * diagonal.mean().sqrt()))
+    return Doubt(shift, root_error(values, entry), _LEADING * (error + reduced))
 
 
 def subspace_tolerance(hidden: float) -> float:
@@ -203,7 +208,7 @@ def is_certain(values: Tensor, doubt: Doubt, split: Split, shape: tuple[int, int
 
 
 def _count_is_certain(values: Tensor, doubt: Doubt, threshold: NoiseThreshold, k: int) -> bool:
-    error = doubt.shift + _SPREADS_OF_ONE * doubt.spread
+    error = doubt.shift + _SPREADS_OF_ONE * doubt.spread + doubt.relative * values
     lowest, highest = (values - error).clamp(min=0), values + error
     above = k == 0 or float(lowest[k - 1]) > threshold.threshold(highest)
     below = k == len(values) or float(highest[k]) < threshold.threshold(lowest)

@@ -106,6 +106,7 @@ def _above_noise(
         doubt = Doubt(
             torch.cat([_left_out(found, rest), shift]),
             torch.cat([torch.zeros_like(found), part.doubt.spread[:count] / part.scale]),
+            part.doubt.relative,
         )
         values = torch.cat([found, others])
         if is_certain(values, doubt, split, update.shape):

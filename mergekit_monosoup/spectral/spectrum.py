@@ -7,7 +7,7 @@ enough for most updates; `certify` decides afterwards, and float64 or an SVD tak
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -134,7 +134,9 @@ def _by_gram(update: MatrixUpdate, dtype: torch.dtype, split: Split) -> Spectrum
             refined = Refined(found.eigen, update, found.live, found.scale, len(values) - k, len(values))
             certain = subspace_error(values, diagonal, error, k, reduction, refined.width) <= tolerance
             source = refined if certain else source
-    doubt = Doubt(found.doubt.shift / found.scale, found.doubt.spread / found.scale)
+    doubt = replace(
+        found.doubt, shift=found.doubt.shift / found.scale, spread=found.doubt.spread / found.scale
+    )
     name = "gram32" if dtype == torch.float32 else "gram64"
     return Spectrum(values / found.scale, name, certain, update.shape, source, found.live, doubt)
 
