@@ -1,7 +1,7 @@
-"""Speed-up of `dg_hard` and `monosoup` over a full thin SVD, and what rounding costs, for each kind of update.
+"""Speed-up of `dg_hard` and `monosoup` over a full thin SVD, and the cost of rounding, by kind of update.
 
-Run `python benchmarks/dg_hard.py [--side 1024]`: prints a table; every k is checked against a float64 SVD first.
-Time is that of the processor, shortest of several runs in turn, one thread.
+Run `python benchmarks/dg_hard.py [--side 1024]`: prints a table; every k is checked by a float64 SVD.
+Time is that of the processor, the shortest of several runs in turn, with one thread.
 """
 
 from __future__ import annotations

@@ -145,8 +145,7 @@ def edit_factors(
         if len(core.values) == 0:
             continue
         shape = update.left.shape[1], update.right.shape[2]
-        norm = float(core.values.norm()) * abs(update.scaling)
-        record = MatrixRecord.of(core.values, shape, split, mixing, "factors", norm)
+        record = MatrixRecord.of(core.values, shape, split, mixing, "factors", abs(update.scaling))
         c, k = record.coefficients, record.k
         if 0 < k < len(core.values) and c.lambda_high != c.lambda_low:
             m = (c.lambda_high - c.lambda_low) * (core.u[:, :k] @ core.project[:k])

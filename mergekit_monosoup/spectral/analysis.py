@@ -64,12 +64,7 @@ def analyse_update(
                 spectra.append(spectrum)
 
     def record(rule: Split, mixing: Mixing = "monosoup") -> EditRecord:
-        found = (
-            MatrixRecord.of(
-                s.singular_values, s.shape, rule, mixing, s.backend, float(s.singular_values.norm())
-            )
-            for s in spectra
-        )
+        found = (MatrixRecord.of(s.singular_values, s.shape, rule, mixing, s.backend) for s in spectra)
         return EditRecord(tuple(found), view.kind)
 
     return Analysis(

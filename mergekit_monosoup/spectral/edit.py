@@ -53,19 +53,22 @@ class MatrixRecord:
 
     @classmethod
     def of(
-        cls, values: Tensor, shape: tuple[int, int], split: Split, mixing: Mixing, backend: str, norm: float
+        cls,
+        values: Tensor,
+        shape: tuple[int, int],
+        split: Split,
+        mixing: Mixing,
+        backend: str,
+        scaling: float = 1.0,
     ) -> MatrixRecord:
-        """Return what a split and a mixing find in the singular values of a matrix."""
+        """Return what a split and a mixing find in the singular values of a matrix, over `scaling`."""
         k = split.index(values, shape)
         c = mixing_coefficients(values, k, mixing)
+        norm = scaling * float(values.norm())
         threshold = split.threshold(*shape)
-        # In units of `values`, of which the norm may be another one.
-        unit = norm / float(values.norm())
-        noise, tau = (
-            (None, None)
-            if threshold is None
-            else (unit * threshold.noise(values), unit * threshold.threshold(values))
-        )
+        noise = tau = None
+        if threshold is not None:
+            noise, tau = scaling * threshold.noise(values), scaling * threshold.threshold(values)
         return cls(min(shape), k, effective_rank(values), c, backend, norm, noise, tau)
 
 
@@ -298,7 +301,7 @@ def _edit_batch(
         if float(values[0]) == 0 or not spectra.decides(i, options.split):
             records.append(None)
             continue
-        record = MatrixRecord.of(values, shape, options.split, options.mixing, "gram64", float(values.norm()))
+        record = MatrixRecord.of(values, shape, options.split, options.mixing, "gram64")
         c = record.coefficients
         factors[i, : record.k], factors[i, record.k :] = c.lambda_high, c.lambda_low
         records.append(record)
@@ -339,8 +342,7 @@ def _edit_matrix(update: MatrixUpdate, out: Tensor, options: EditOptions, index:
         _copy_base(update, out)
         return None
     values = spectrum.singular_values
-    norm = float(values.norm())
-    record = MatrixRecord.of(values, update.shape, options.split, options.mixing, spectrum.backend, norm)
+    record = MatrixRecord.of(values, update.shape, options.split, options.mixing, spectrum.backend)
     k, c = record.k, record.coefficients
     basis = None
     whole, part = c.lambda_low if k == 0 else c.lambda_high, 0.0
