@@ -57,3 +57,7 @@ class UnsupportedAdapterError(AdapterError):
 
 class OutputError(MonoSoupError):
     """The result cannot be written, or is not what was planned."""
+
+
+class InterruptedMerge(MonoSoupError):
+    """The user has stopped a merge."""

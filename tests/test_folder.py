@@ -240,7 +240,7 @@ def test_a_move_that_fails_is_taken_back(tmp_path, monkeypatch):
         real(source, target)
 
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(OutputError, match=r"out cannot be written \(Input/output error\)"):
+    with pytest.raises(OutputError, match=r"out cannot be written to \(Input/output error\)"):
         work.finish()
     monkeypatch.undo()
     assert content(out) == OLD

@@ -103,7 +103,7 @@ def _sentence(path: Path, error: OSError, needed: float | None) -> str:
         return f"no permission to write {path} ({error.strerror}); choose another output folder"
     if error.errno == errno.EFBIG:
         return f"{path} is larger than its file system allows; merge with a smaller --out-shard-size"
-    return f"{path} cannot be written ({error.strerror or error})"
+    return f"{path} cannot be written to ({error.strerror or error})"
 
 
 def sync(path: Path) -> None:

@@ -25,7 +25,7 @@ class WorkFolder:
     """A folder beside the result in which it is made; nobody else works there meanwhile.
 
         OUT.partial/model          the result on its way; takes the place of OUT by one rename
-        OUT.partial/journal.jsonl  what of it is done
+        OUT.partial/monosoup_journal.jsonl  what of it is done
         OUT.partial/replaced       what OUT held, between the two renames of `finish`
         OUT.partial/lock           the operating system's: a dead process holds none
 
@@ -75,18 +75,27 @@ class WorkFolder:
 
     def _left(self, resume: bool, restart: bool) -> bool:
         with told(self.root):
-            left = self.journal.exists() and self.path.exists()
-            if left and not resume and not restart:
+            begun = self.journal.exists() and self.path.exists()
+            if begun and resume:
+                return True
+            blank = self._only({_RESULT}) and not (self.path.exists() and any(self.path.iterdir()))
+            if not blank and not resume and not restart:
                 raise ConfigurationError(
                     f"{self.root} is what an interrupted merge has left; pass --resume to go on with it, or "
                     "--restart to delete it and begin again"
                 )
-            if left and resume:
-                return True
-            # Without a journal nobody could go on with it.
+            if not restart and not self._only({_RESULT}):
+                raise ConfigurationError(
+                    f"{self.root} does not say what was begun; pass --restart to delete it and begin again"
+                )
+            # Without a journal nobody can go on with what lies there.
             self._empty()
             self.path.mkdir()
         return False
+
+    def _only(self, names: set[str]) -> bool:
+        """Say whether the folder holds nothing but what a work folder may hold, and of that only `names`."""
+        return {entry.name for entry in self.root.iterdir()} <= {*names, _LOCK}
 
     def _take(self) -> None:
         try:
@@ -142,7 +151,9 @@ class WorkFolder:
                 self._put_entries_back()
             elif self._replaced.exists():
                 self._put_folder_back()
-        elif self.out.exists() or not self._replaced.exists():
+        elif self._replaced.exists() and not self.out.exists():
+            os.rename(self._replaced, self.out)
+        elif self.out.exists() and self._only({_REPLACED, _MOVING, journal.NAME}):
             self._empty()
 
     def _put_entries_back(self) -> None:

@@ -15,10 +15,10 @@ from mergekit_monosoup.checkpoint.output import sync as sync_path
 from mergekit_monosoup.checkpoint.output import told
 from mergekit_monosoup.errors import ConfigurationError, InputError
 
-NAME = "journal.jsonl"
+NAME = "monosoup_journal.jsonl"
 _BEGIN_AGAIN = "begin again with --restart"
 # What a kill may cost. A flush waits for the disk, and the disk has to take all bytes some time anyway.
-_SECONDS = 2.0
+_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Journal:
     """An append-only file: what the run is, then one line for each tensor that lies in its place.
 
     A line reaches the file only after the bytes that it speaks of have reached the disk. Lines wait for
-    that together, a few seconds at most, so the disk is not asked for every tensor; whatever happens,
-    an interrupted run has lost no more than these, and its journal promises nothing that is not there.
+    that together, so that the disk is not asked for every tensor. An interrupted run has lost what it did
+    within half a second, and its journal promises nothing that is not there.
     """
 
     def __init__(

@@ -153,7 +153,7 @@ class Writer:
 
 
 class PickleWriter:
-    """Pickled shards by mergekit's own writer, of which nothing can be kept when it is interrupted."""
+    """Pickled shards by mergekit's own writer; they cannot be written in pieces, so no part is ever kept."""
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
         self._shards = TensorWriter(str(folder), shard_bytes, safe_serialization=False)
@@ -211,7 +211,8 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
         yield from _pieces(tensor.cpu().contiguous())
     else:
         rows = max(1, _PIECE * len(tensor) // (tensor.numel() * tensor.element_size()))
-        for part in tensor.split(rows):
+        for start in range(0, len(tensor), rows):
+            part = tensor[start : start + rows]
             yield from _pieces(part[0] if rows == 1 else part.cpu().contiguous())
 
 
