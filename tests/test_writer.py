@@ -253,7 +253,9 @@ def test_a_full_disk_is_known_at_the_beginning(tmp_path):
     """Before the first tensor is computed; and nothing is left on the disk."""
     with small_disk(tmp_path / "disk", "1m") as disk:
         layout = plan_layout([("a", (400, 400), "float32"), ("b", (400, 400), "float32")], 700_000)
-        with pytest.raises(OutputError, match=r"need 1\.28 MB and the disk of .* has .*B free"):
+        with pytest.raises(
+            OutputError, match=r"disk of .*out is full: the weights need 1\.28 MB and .*B are free; make room"
+        ):
             Writer.create(disk / "out", layout)
         assert not list(disk.rglob("*.safetensors"))
 
@@ -263,7 +265,10 @@ def test_a_disk_that_fills_up_while_files_are_reserved(tmp_path, monkeypatch):
     with small_disk(tmp_path / "disk", "1m") as disk:
         layout = plan_layout([("a", (400, 400), "float32"), ("b", (400, 400), "float32")], 700_000)
         monkeypatch.setattr(writers, "free_bytes", lambda path: 10**9)
-        with pytest.raises(OutputError, match=r"is full: 1\.28 MB are needed and .* are free; make room"):
+        with pytest.raises(
+            OutputError,
+            match=r"the disk of .*out is full: model-.*\.safetensors needs 640 kB and .* are free",
+        ):
             Writer.create(disk / "out", layout)
         assert not list(disk.rglob("*.safetensors"))
 
@@ -274,7 +279,7 @@ def test_a_disk_that_fills_up_while_tensors_are_written(tmp_path, monkeypatch):
         monkeypatch.delattr("os.posix_fallocate")
         writer = Writer.create(disk, plan_layout([("a", (400, 400), "float32")], 0))
         (disk / "other").write_bytes(bytes(500_000))
-        with pytest.raises(OutputError, match=r"model\.safetensors is full: 640 kB are needed"):
+        with pytest.raises(OutputError, match=r"the disk of .*disk is full: model\.safetensors needs 640 kB"):
             writer.write("a", torch.zeros(400, 400))
 
 

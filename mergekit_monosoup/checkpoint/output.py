@@ -13,7 +13,8 @@ from mergekit_monosoup.errors import ConfigurationError, OutputError
 
 # Beside the result while it is made, so that moving it into place never crosses a file system.
 PARTIAL = ".partial"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What the operating system says where there is no room.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -89,21 +90,25 @@ def told(path: Path, needed: float | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(_sentence(path, error, needed)) from error
+        raise _error(path, error, needed) from error
 
 
-def _sentence(path: Path, error: OSError, needed: float | None) -> str:
-    if error.errno in _FULL:
-        wanted = "" if needed is None else f"{gigabytes(needed)} are needed and "
-        return (
-            f"the disk of {path} is full: {wanted}{gigabytes(free_bytes(path))} are free; make room, or "
-            "choose another disk"
-        )
+def full_disk(folder: Path, why: str = "the result does not fit") -> OutputError:
+    """Return the error for a disk without room."""
+    return OutputError(
+        f"the disk of {folder} is full: {why} and {gigabytes(free_bytes(folder))} are free; make room, or "
+        "choose another disk"
+    )
+
+
+def _error(path: Path, error: OSError, needed: float | None) -> OutputError:
+    if error.errno in FULL:
+        return full_disk(path.parent, f"{path.name} needs {gigabytes(needed)}") if needed else full_disk(path)
     if error.errno in _FORBIDDEN:
-        return f"no permission to write {path} ({error.strerror}); choose another output folder"
+        return OutputError(f"{path} cannot be written to ({error.strerror}); choose another output folder")
     if error.errno == errno.EFBIG:
-        return f"{path} is larger than its file system allows; merge with a smaller --out-shard-size"
-    return f"{path} cannot be written to ({error.strerror or error})"
+        return OutputError(f"{path} is larger than its file system allows; pass a smaller --out-shard-size")
+    return OutputError(f"{path} cannot be written to ({error.strerror or error})")
 
 
 def sync(path: Path) -> None:

@@ -19,6 +19,7 @@ from mergekit_monosoup import host
 from mergekit_monosoup.checkpoint.dequantised import has_scales
 from mergekit_monosoup.checkpoint.headers import read_folder
 from mergekit_monosoup.checkpoint.lineage import SAMPLED_TENSORS, BaseWatch, check_base
+from mergekit_monosoup.checkpoint.output import FULL, full_disk
 from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
 from mergekit_monosoup.errors import ConfigurationError, InputError, InterruptedMerge
 from mergekit_monosoup.lora.cache import prepare_lora_cache
@@ -31,7 +32,7 @@ from mergekit_monosoup.merging.layout import plan_layout
 from mergekit_monosoup.merging.local import run_units
 from mergekit_monosoup.merging.progress import Progress
 from mergekit_monosoup.merging.report import merge_recorder
-from mergekit_monosoup.merging.units import Unit, by_input, plan_units
+from mergekit_monosoup.merging.units import Unit, by_input, is_out_of_memory, out_of_memory, plan_units
 from mergekit_monosoup.merging.writer import PickleWriter, Writer
 from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
@@ -109,10 +110,14 @@ def merge_to_folder(
         # What was merged of such a recipe or input is of no use to the next.
         folder.abandon(keep=left)
         raise
-    except BaseException:
+    except BaseException as error:
         folder.abandon(keep=run.has_results)
         if run.has_results:
             LOG.warning("what is done is kept in %s; --resume goes on with it", folder.root)
+        if is_out_of_memory(error):
+            raise out_of_memory("the merge") from error
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise full_disk(folder.path) from error
         raise
 
 
@@ -167,6 +172,7 @@ class Run:
         file = self._folder.journal
         self._recorder = merge_recorder(self._recipe, config, options, self._folder.path, self._report)
         path = self._folder.path
+        kept = Journal.resume(file, said, self._sync) if self._resumed else None
         self._writer: Writer | PickleWriter
         if not options.safe_serialization:
             self._writer = PickleWriter(path, options.out_shard_size)
@@ -174,8 +180,7 @@ class Run:
             self._writer = Writer.reopen(path, layout)
         else:
             self._writer = Writer.create(path, layout)
-        begin = Journal.resume if self._resumed else Journal
-        self._journal = begin(file, said, self._writer.sync)
+        self._journal = kept or Journal(file, said, self._sync)
 
     def execute(self) -> None:
         """Compute what is not there yet, and write it."""
@@ -218,6 +223,9 @@ class Run:
             self._recorder.abort()
         if self._journal is not None:
             self._journal.close()
+
+    def _sync(self) -> None:
+        self._writer.sync()
 
     def _take(self, record: TensorRecord) -> None:
         self._pending[record.tensor] = record

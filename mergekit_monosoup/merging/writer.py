@@ -14,7 +14,7 @@ import torch
 from mergekit.io.tensor_writer import TensorWriter
 from torch import Tensor
 
-from mergekit_monosoup.checkpoint.output import free_bytes, gigabytes, sync, told
+from mergekit_monosoup.checkpoint.output import free_bytes, full_disk, gigabytes, sync, told
 from mergekit_monosoup.errors import InputError, OutputError
 from mergekit_monosoup.merging.layout import Layout, Slot
 
@@ -52,13 +52,10 @@ class Writer:
             folder.mkdir(parents=True, exist_ok=True)
             free = free_bytes(folder)
         if needed > free:
-            raise OutputError(
-                f"the weights need {gigabytes(needed)} and the disk of {folder} has {gigabytes(free)} free; "
-                "make room, or choose another disk"
-            )
+            raise full_disk(folder, f"the weights need {gigabytes(needed)}")
         try:
             for path, header, size in writer._files():
-                with told(path, needed):
+                with told(path, size):
                     path.parent.mkdir(exist_ok=True, parents=True)
                     _create(path, header, size)
             writer.sync()
