@@ -421,11 +421,12 @@ from mergekit_monosoup.merging.layout import plan_layout
 from mergekit_monosoup.merging.writer import Writer
 from mergekit_monosoup.merging.verify import verify_folder
 folder = Path(sys.argv[1])
+(folder / "model.safetensors").unlink()
 layout = plan_layout(((f"l.{i}", (1,), "bfloat16") for i in range(1_000_000)), 0)
 Writer.create(folder, layout).finish()
-started = time.monotonic()
+started = time.process_time()
 found = verify_folder(folder)
-print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, found.tensors)
+print(time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, found.tensors)
 assert found.problems == [], found.problems[:3]
 """
     done = subprocess.run(
@@ -434,6 +435,5 @@ assert found.problems == [], found.problems[:3]
     assert done.returncode == 0, done.stderr
     seconds, gigabytes, count = map(float, done.stdout.split())
     assert count == 1_000_000
-    assert seconds < 60
-    assert gigabytes < 4
-    print(done.stdout)
+    assert seconds < 30
+    assert gigabytes < 2.5

@@ -23,6 +23,7 @@ _ORDER = (
 _STORED = {name: (_ORDER.index(spelt), spelt, bits) for spelt, (name, bits) in DTYPES.items()}
 # safetensors refuses to read a header that is longer.
 _LARGEST_HEADER = 100_000_000
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Slot(NamedTuple):
@@ -138,7 +139,7 @@ def _planned(tensor: tuple[str, tuple[int, ...], str]) -> _Planned:
         raise OutputError(f"tensor {name!r} of {dtype} cannot have the shape {list(shape)}")
     if name == "__metadata__" or not _is_text(name):
         raise OutputError(f"{name!r} cannot be the name of a tensor in a safetensors file; rename it")
-    described = f"{json.dumps(name, ensure_ascii=False)}:{_compact({'dtype': spelt, 'shape': list(shape)})}"
+    described = f'{_as_json(name)}:{{"dtype":"{spelt}","shape":[{",".join(map(str, shape))}]'
     return _Planned(rank, name, tuple(shape), dtype, size, described)
 
 
@@ -171,7 +172,7 @@ def _header(tensors: Iterable[_Planned]) -> bytes:
     end = 0
     for tensor in tensors:
         begin, end = end, end + tensor.size
-        parts.append(f'{tensor.described[:-1]},"data_offsets":[{begin},{end}]}}')
+        parts.append(f'{tensor.described},"data_offsets":[{begin},{end}]}}')
     text = (",".join(parts) + "}").encode()
     # The data begins at a multiple of eight bytes.
     text += b" " * (-len(text) % 8)
@@ -180,7 +181,3 @@ def _header(tensors: Iterable[_Planned]) -> bytes:
 
 def _prefix(folder: str) -> str:
     return f"{folder}/" if folder else ""
-
-
-def _compact(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"))

@@ -21,6 +21,7 @@ from torch import Tensor
 from mergekit_monosoup.checkpoint.headers import DTYPES, read_config, read_index
 from mergekit_monosoup.checkpoint.output import PARTIAL
 from mergekit_monosoup.errors import InputError
+from mergekit_monosoup.merging.writer import hash_range
 from mergekit_monosoup.report.reader import FILE_NAME, read_report
 
 # Tensors in the order of their names, and their hashes when computed again.
@@ -95,7 +96,7 @@ class _Check:
 
     def __init__(self, folder: Path, found: Verification, seen: Callable[[str, int], None]) -> None:
         self._folder, self._found, self._seen = folder, found, seen
-        # By name in the report. Of the files: None where nobody needed it.
+        # Both by the name in the report.
         self._expected: dict[str, str] = {}
         self._places: dict[str, tuple[Path, _Entry]] = {}
 
@@ -132,7 +133,7 @@ class _Check:
             _regular(file)
             records = read_report(file).records
         except (InputError, OSError, ValueError, RecursionError) as error:
-            self._note(str(error))
+            self._note(_sentence(file, error))
             return
         self._expected = {record.tensor: record.sha256 for record in records if record.sha256 is not None}
 
@@ -167,7 +168,7 @@ class _Check:
             _regular(index)
             placed = read_index(index)
         except (InputError, OSError, RecursionError) as error:
-            self._note(str(error) if isinstance(error, InputError) else f"{index} cannot be read ({error})")
+            self._note(_sentence(index, error))
             return
         by_file: dict[str, set[str]] = {}
         for name, file in placed.items():
@@ -203,19 +204,19 @@ class _Check:
                 for batch in _batches(entries):
                     self._batch(path, stem, stream, batch)
         except OSError as error:
-            self._note(f"{path} cannot be read ({error.strerror})")
+            self._note(_sentence(path, error))
 
     def _batch(self, path: Path, stem: str, stream: IO[bytes], batch: list[_Entry]) -> None:
         prefix = path.parent.relative_to(self._folder).as_posix()
         prefix = "" if prefix == "." else f"{prefix}/"
+        hashed = bool(self._expected) and stem == _WEIGHTS
         digests = [hashlib.sha256() for _ in batch]
         finite = True
         for piece in _pieces(stream, batch[0].begin, batch[-1].end):
             finite = finite and _is_finite(piece, batch[0].dtype)
-            if len(batch) == 1:
+            if hashed and len(batch) == 1:
                 digests[0].update(piece)
-                continue
-            for entry, digest in zip(batch, digests, strict=True):
+            for entry, digest in zip(batch, digests, strict=True) if hashed and len(batch) > 1 else ():
                 digest.update(piece[entry.begin - batch[0].begin : entry.end - batch[0].begin])
         if not finite and len(batch) > 1:
             # Only now is it worth the time to ask each.
@@ -228,18 +229,19 @@ class _Check:
             self._found.tensors += 1
             self._found.parameters += entry.size
             if stem == _WEIGHTS:
-                self._compare(path, entry, prefix + entry.name, digest.hexdigest())
+                self._places[prefix + entry.name] = path, entry
+            if hashed:
+                self._compare(path, prefix + entry.name, digest.hexdigest())
             self._seen(entry.name, entry.end - entry.begin)
 
-    def _compare(self, path: Path, entry: _Entry, key: str, sha256: str) -> None:
-        self._places[key] = path, entry
+    def _compare(self, path: Path, key: str, sha256: str) -> None:
         expected = self._expected.get(key)
-        if expected is not None:
-            self._found.hashed += 1
-            if expected != sha256:
-                self._note(f"tensor {key} in {path} is not what {FILE_NAME} says was written; {_AGAIN}")
-        elif self._expected:
+        if expected is None:
             self._note(f"tensor {key} in {path} is not in {FILE_NAME}; {_AGAIN}")
+            return
+        self._found.hashed += 1
+        if expected != sha256:
+            self._note(f"tensor {key} in {path} is not what {FILE_NAME} says was written; {_AGAIN}")
 
     def _recompute(self, recompute: Recompute, count: int, seed: int) -> None:
         names = sorted(self._places)
@@ -248,15 +250,15 @@ class _Check:
         for name, sha256 in recompute(chosen):
             missing.discard(name)
             path, entry = self._places[name]
-            with path.open("rb", buffering=0) as stream:
-                digest = hashlib.sha256()
-                for piece in _pieces(stream, entry.begin, entry.end):
-                    digest.update(piece)
             self._found.recomputed += 1
-            if digest.hexdigest() != sha256:
+            if hash_range(path, entry.begin, entry.end) != sha256:
                 self._note(f"tensor {name} in {path} is not what the inputs give when it is computed again")
         for name in sorted(missing):
             self._note(f"tensor {name} is not what the recipe writes: it cannot be computed again")
+
+
+def _sentence(path: Path, error: Exception) -> str:
+    return str(error) if isinstance(error, InputError) else f"{path} cannot be read ({error}); {_AGAIN}"
 
 
 def _regular(path: Path) -> None:
