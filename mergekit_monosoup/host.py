@@ -7,12 +7,13 @@ is used; here stands what it keeps to itself, or what would break in silence if 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import immutables
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from mergekit import merge as mergekit_merge
 from mergekit.architecture import ModelArchitecture
 from mergekit.architecture.conversion import convert_checkpoint_tensors
@@ -28,6 +29,8 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 from torch import Tensor
+
+from mergekit_monosoup.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -231,12 +234,39 @@ def raw_loader(path: str) -> Any:
     return (running or merge_raw_pytorch.SimpleLoaderCache)().get(path)
 
 
-def open_models(models: Sequence[ModelReference], options: MergeOptions) -> None:
-    """Have mergekit download and open checkpoints, so that their values can be looked at before the work."""
+def open_models(
+    models: Iterable[ModelReference], options: MergeOptions, revisions: Mapping[str, str] | None = None
+) -> None:
+    """Have mergekit download and open checkpoints, so that their values can be looked at before the work.
+
+    Args:
+        models: what to open; mergekit keeps the options of its loaders by thread, so none is of use too.
+        options: mergekit's own.
+        revisions: commits on the Hub, by the models' names, to read where a recipe names none.
+
+    Raises:
+        InputError: a model cannot be downloaded.
+    """
     cache = LoaderCache()
     cache.setup(options=options)
     for model in models:
-        cache.get(model)
+        commit = (revisions or {}).get(str(model))
+        if commit is not None and model not in cache.loaders and model.lora is None:
+            path = model.model.model_copy(update={"revision": commit})
+            pinned = model.model_copy(update={"model": path})
+            cache.loaders[model] = pinned.lazy_loader(cache_dir=options.transformers_cache)
+        try:
+            cache.get(model)
+        except (HfHubHTTPError, ConnectionError) as error:
+            raise InputError(
+                f"model {model} could not be downloaded ({error}); run the same command again: what has "
+                "arrived is not fetched again"
+            ) from error
+
+
+def folder_of(model: ModelReference) -> str:
+    """Return where the files of a checkpoint lie that mergekit has opened."""
+    return str(LoaderCache().get(model).index.base_path)
 
 
 def loader_of(model: ModelReference) -> Any | None:

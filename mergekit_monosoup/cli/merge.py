@@ -20,6 +20,11 @@ from mergekit_monosoup.cli.failure import reported_errors
 @click.option(
     "--report/--no-report", default=True, show_default=True, help="Write monosoup_report.jsonl (our methods)."
 )
+@click.option("--ray", metavar="[ADDRESS|auto|local]", help="Run on a Ray cluster; `local` starts one here.")
+@click.option(
+    "--ray-cpus", type=click.FloatRange(min=0, min_open=True), help="Processors a worker. [default: 1]"
+)
+@click.option("--ray-gpus", type=click.FloatRange(min=0), help="GPUs a worker. [default: 1 with --cuda]")
 @add_merge_options
 def merge(
     config_file: Path,
@@ -29,6 +34,9 @@ def merge(
     restart: bool,
     force_base: bool,
     report: bool,
+    ray: str | None,
+    ray_cpus: float | None,
+    ray_gpus: float | None,
     merge_options: MergeOptions,
 ) -> None:
     """Run the merge recipe CONFIG_FILE and write the model to OUT_PATH.
@@ -41,6 +49,11 @@ def merge(
     from mergekit_monosoup.registry import register
 
     merge_options.apply_global_options()
+    cluster = None
+    if ray is not None:
+        from mergekit_monosoup.merging.on_ray import RayOptions
+
+        cluster = RayOptions(ray, ray_cpus, ray_gpus)
     if resume and restart:
         raise click.UsageError("--resume goes on with what --restart deletes; pass one of them")
     with reported_errors():
@@ -49,7 +62,7 @@ def merge(
             config_file.read_text("utf-8"),
             out_path,
             merge_options,
-            RunOptions(overwrite, resume, restart, force_base, report),
+            RunOptions(overwrite, resume, restart, force_base, report, cluster),
         )
     if not merge_options.quiet:
         click.echo(f"Wrote {out_path}")

@@ -27,6 +27,7 @@ from mergekit_monosoup.errors import InputError, OutputError
 from mergekit_monosoup.methods.contract import MERGE, UpdateMethod
 from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.report.schema import Action
+from mergekit_monosoup.spectral.matrix import choose_view
 
 LOG = logging.getLogger(__name__)
 
@@ -177,6 +178,16 @@ def out_of_memory(what: str) -> OutputError:
 @cache
 def _say_once(message: str) -> None:
     LOG.warning("%s", message)
+
+
+def cost(unit: Unit) -> float:
+    """Return how long a unit takes, in operations: of a decomposition for a matrix, else of a few passes."""
+    view = choose_view(unit.shape, unit.name)
+    if not view.decomposes:
+        return 10.0 * unit.size
+    count, rows, columns = view.shape
+    short = min(rows, columns)
+    return count * (4.0 * short * rows * columns + 9.0 * short**3)
 
 
 def by_input(units: Sequence[Unit]) -> list[Unit]:
