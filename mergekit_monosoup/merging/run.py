@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +14,28 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_monosoup import host
+from mergekit_monosoup.checkpoint.output import FULL, full_disk
 from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
 from mergekit_monosoup.errors import ConfigurationError, InputError, InterruptedMerge
 from mergekit_monosoup.lora.cache import prepare_lora_cache
-from mergekit_monosoup.merging import journal
 from mergekit_monosoup.merging.card import write_card
+from mergekit_monosoup.merging.files import (
+    changed_layers,
+    complete,
+    files_model,
+    set_chat_template,
+    source_of,
+)
 from mergekit_monosoup.merging.fingerprint import check_unchanged, fingerprint, stamps
 from mergekit_monosoup.merging.folder import WorkFolder
 from mergekit_monosoup.merging.journal import Done, Journal
 from mergekit_monosoup.merging.local import run_units
+from mergekit_monosoup.merging.modules import merge_modules
 from mergekit_monosoup.merging.prepared import Prepared, check_bases
 from mergekit_monosoup.merging.progress import Progress
 from mergekit_monosoup.merging.report import merge_recorder
 from mergekit_monosoup.merging.units import Unit, by_input, is_out_of_memory, out_of_memory
-from mergekit_monosoup.merging.writer import FULL, PickleWriter, Writer, full_disk
+from mergekit_monosoup.merging.writer import PickleWriter, Writer
 from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
 from mergekit_monosoup.report.recorder import Recorder
 from mergekit_monosoup.report.schema import TensorRecord
@@ -50,6 +57,8 @@ class RunOptions:
         force_base: merge although the values say that the base is none.
         report: write `monosoup_report.jsonl` where the method is one of ours.
         ray: where to run the units; absent: in this process.
+        files_from: model whose files go beside the weights: `base`, or a folder or Hub id; absent: the first
+            fine-tuned one of the recipe.
     """
 
     overwrite: bool = False
@@ -58,6 +67,7 @@ class RunOptions:
     force_base: bool = False
     report: bool = True
     ray: RayOptions | None = None
+    files_from: str | None = None
 
 
 def merge_to_folder(
@@ -88,16 +98,20 @@ def merge_to_folder(
     )
     run = Run(recipe, config, options, plan, folder, left, run_options)
     try:
-        run.prepare(run_options.force_base)
-        run.execute()
-        run.complete(out_path.resolve().name)
+        try:
+            run.prepare(run_options.force_base)
+            run.execute()
+            run.complete(out_path.resolve().name)
+        finally:
+            # Under the lock still: what the journal has not written yet goes to the disk.
+            run.close()
         folder.finish()
     except KeyboardInterrupt as error:
         folder.abandon(keep=run.has_results)
         if not run.has_results:
             raise InterruptedMerge("interrupted; nothing was written") from error
         raise InterruptedMerge(
-            f"interrupted; what is done is kept in {folder.path}: run the same command with --resume to go on"
+            f"interrupted; what is done is kept in {folder.root}: run the same command with --resume to go on"
         ) from error
     except (ConfigurationError, InputError):
         # What was merged of such a recipe or input is of no use to the next.
@@ -106,14 +120,12 @@ def merge_to_folder(
     except BaseException as error:
         folder.abandon(keep=run.has_results)
         if run.has_results:
-            LOG.warning("what is done is kept in %s; --resume goes on with it", folder.path)
+            LOG.warning("what is done is kept in %s; --resume goes on with it", folder.root)
         if is_out_of_memory(error):
             raise out_of_memory("the merge") from error
         if isinstance(error, OSError) and error.errno in FULL:
             raise full_disk(folder.path) from error
         raise
-    finally:
-        run.close()
 
 
 class Run:
@@ -135,6 +147,7 @@ class Run:
         self._ours = plan.method is not None and plan.method.ours
         self._report = run_options.report and self._ours
         self._ray = run_options.ray
+        self._files_from = run_options.files_from
         # Records of tensors that are computed and not yet written.
         self._pending: dict[str, TensorRecord] = {}
         self._journal: Journal | None = None
@@ -156,7 +169,7 @@ class Run:
         layout, path = self._prepared.layout, self._folder.path
         said = fingerprint(self._recipe, options, self._inputs, layout)
         self._recorder = merge_recorder(self._recipe, config, options, path, self._report)
-        kept = Journal.resume(path / journal.NAME, said) if self._resumed else None
+        kept = Journal.resume(self._folder.journal, said, self._sync) if self._resumed else None
         self._writer: Writer | PickleWriter
         if not options.safe_serialization:
             self._writer = PickleWriter(path, options.out_shard_size)
@@ -164,7 +177,7 @@ class Run:
             self._writer = Writer.reopen(path, layout)
         else:
             self._writer = Writer.create(path, layout)
-        self._journal = kept or Journal(path / journal.NAME, said)
+        self._journal = kept or Journal(self._folder.journal, said, self._sync)
 
     def execute(self) -> None:
         """Compute what is not there yet, and write it."""
@@ -188,7 +201,6 @@ class Run:
         check_unchanged(self._inputs, self._prepared.models)
         self._writer.finish()
         self._prepared.merge.close()
-        self._recorder.close()
 
     def _on_ray(self, units: Sequence[Unit], ray_options: RayOptions) -> None:
         from mergekit_monosoup.merging.on_ray import Cluster, connected
@@ -212,14 +224,34 @@ class Run:
         """Write what lies beside the weights: configuration, tokenizer, card."""
         if self._journal is None or self._recorder is None:
             raise RuntimeError("a run is executed before it is completed")
-        path = self._folder.path
-        ready, options = self._prepared, self._options
+        path, ready, options = self._folder.path, self._prepared, self._options
+        model = files_model(ready.config, self._files_from)
         tokenizer = ready.units.tokenizer[1] if ready.units.tokenizer else None
-        host.finish_folder(ready.config, ready.arch, options, ready.out_config, tokenizer, str(path))
-        _drop_quantization_config(path / "config.json")
-        if self._options.write_model_card:
+        complete(
+            path,
+            str(model),
+            layers=changed_layers(ready.config, ready.arch, ready.out_config),
+            options=options,
+            own_tokenizer=tokenizer is not None,
+        )
+        for record in merge_modules(ready.config, source_of(model, options).folder, path, self._ours):
+            self._recorder.add(record)
+        if tokenizer is not None:
+            host.save_tokenizer(ready.config, tokenizer, str(path))
+        elif options.copy_tokenizer and (template := host.chat_template(ready.config)) is not None:
+            set_chat_template(path, template)
+        self._recorder.close()
+        if options.write_model_card:
             records = self._recorder.records if self._ours else []
-            write_card(self._recipe, path, name, self._recorder.header, records, notes=self._journal.notes)
+            write_card(
+                self._recipe,
+                path,
+                name,
+                self._recorder.header,
+                records,
+                notes=self._journal.notes,
+                source=source_of(model, options).folder,
+            )
 
     def close(self) -> None:
         """Let go of files."""
@@ -229,6 +261,9 @@ class Run:
             self._recorder.abort()
         if self._journal is not None:
             self._journal.close()
+
+    def _sync(self) -> None:
+        self._writer.sync()
 
     def _take(self, record: TensorRecord) -> None:
         self._pending[record.tensor] = record
@@ -261,9 +296,8 @@ class Run:
         """Return the finished tensors whose bytes are what the journal says."""
         if self._journal is None:
             return {}
-        names = {unit.name for unit in self._prepared.units.units}
-        found = {name: done for name, done in self._journal.kept.items() if name in names}
-        return {name: done for name, done in found.items() if self._writer.stored_hash(name) == done.sha256}
+        self._journal.recheck(self._writer.stored_hash)
+        return self._journal.kept
 
 
 def _passed_on(unit: Unit, config: MergeConfiguration) -> TensorRecord:
@@ -300,11 +334,3 @@ def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, run_option
     if errors:
         raise ConfigurationError("the merge would fail:\n  " + "\n  ".join(map(str, errors)))
     return plan
-
-
-def _drop_quantization_config(file: Path) -> None:
-    """Remove what config.json says of a quantised base: merged weights are stored as plain numbers."""
-    content = json.loads(file.read_text("utf-8"))
-    if content.pop("quantization_config", None) is not None:
-        LOG.warning("the merged weights are not quantised: config.json is without quantization_config")
-        file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
