@@ -15,8 +15,9 @@ from mergekit_monosoup.lora.adapter import PREFIX, AdaptedModule, Adapter, plain
 from mergekit_monosoup.lora.factors import LowRankUpdate, edit_factors, mean_of, rank_for, truncate
 from mergekit_monosoup.lora.settings import settings_for
 from mergekit_monosoup.spectral.crew import at_work, crew
-from mergekit_monosoup.spectral.edit import EditRecord, edit_update
+from mergekit_monosoup.spectral.edit import edit_update
 from mergekit_monosoup.spectral.mixing import Mixing
+from mergekit_monosoup.spectral.record import EditRecord
 from mergekit_monosoup.spectral.split import EFFECTIVE_RANK, Split
 
 LOG = logging.getLogger(__name__)

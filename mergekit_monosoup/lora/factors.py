@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.errors import NonFiniteError, ParameterError, ShapeMismatchError
-from mergekit_monosoup.spectral.edit import EditRecord, MatrixRecord
 from mergekit_monosoup.spectral.mixing import Mixing
+from mergekit_monosoup.spectral.record import EditRecord, MatrixRecord
 from mergekit_monosoup.spectral.split import EFFECTIVE_RANK, Split, energy_rank
 
 # Squared relative size below which a direction of a Gram matrix is rounding: float64 resolves 2e-16 of

@@ -19,8 +19,9 @@ from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.methods.outcomes import MergedWeight, below
 from mergekit_monosoup.methods.parameters import choice, flag, number
 from mergekit_monosoup.report.schema import Action
-from mergekit_monosoup.spectral.edit import EditOptions, EditRecord, MatrixRecord, edit_weight
+from mergekit_monosoup.spectral.edit import EditOptions, edit_weight
 from mergekit_monosoup.spectral.matrix import Layout, MatrixView, choose_view
+from mergekit_monosoup.spectral.record import EditRecord, MatrixRecord
 from mergekit_monosoup.spectral.spectrum import Backend
 
 ALPHA = ParameterSpec(

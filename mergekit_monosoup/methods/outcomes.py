@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from mergekit_monosoup.report.schema import Action
-from mergekit_monosoup.spectral.edit import EditRecord
+from mergekit_monosoup.spectral.record import EditRecord
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ from mergekit_monosoup.planning.catalogue import Method
 from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source
 from mergekit_monosoup.planning.problems import Problems
 from mergekit_monosoup.planning.recipe import Recipe
-from mergekit_monosoup.planning.settings import resolve
+from mergekit_monosoup.planning.settings import resolve, split_rule
 from mergekit_monosoup.spectral.matrix import MatrixView, choose_view
-from mergekit_monosoup.spectral.rule import SplitRule
 
 
 class TensorPlanner:
@@ -265,29 +264,14 @@ class TensorPlanner:
             return rest, f"fewer than {fewest} entries"
         threshold = resolve("min_relative_update", blocks, out.name, t)
         why = f"unless its relative update is below {threshold:g}" if _is_positive(threshold) else ""
-        rule = self._rule(blocks, out.name, t)
+        try:
+            rule = split_rule(self.method, blocks, out.name, t).title
+        except ParameterError as error:
+            self.problems.error(str(error), self.recipe.line("parameters", "split"))
+            return "edited", ""
         # What an adapter touches is told by its own files, and the merge's.
         where = "where an adapter touches it" if all(s.checkpoint.adapter for s in tuned) else ""
         return "edited", "; ".join(filter(None, (rule, where, why)))
-
-    def _rule(self, blocks: list[Mapping[str, Any] | None], name: str, t: float) -> str:
-        """Return the rule for the split in words."""
-        split, energy, scale, noise = (
-            resolve(key, blocks, name, t) for key in ("split", "energy", "threshold_scale", "noise")
-        )
-        if "split" not in self.method.parameters:
-            split = "donoho_gavish"
-        try:
-            rule = SplitRule(
-                split,
-                energy if energy is None else float(energy),
-                1.0 if scale is None else float(scale),
-                noise or "median",
-            )
-        except ParameterError as error:
-            self.problems.error(str(error), self.recipe.line("parameters", "split"))
-            return ""
-        return rule.title
 
     def _view(
         self, name: str, shape: tuple[int, ...], blocks: list[Mapping[str, Any] | None], t: float

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergekit_monosoup.report.rounding import storage_dtype, storage_noise
 from mergekit_monosoup.report.schema import Action, TensorRecord
-from mergekit_monosoup.spectral.edit import EditRecord
+from mergekit_monosoup.spectral.record import EditRecord
 
 # Entries that are widened at a time: on a processor, few enough for its cache.
 _PIECE, _DEVICE_PIECE = 1 << 18, 1 << 26

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.spectral.crew import at_work
-from mergekit_monosoup.spectral.edit import EditRecord, MatrixRecord
 from mergekit_monosoup.spectral.matrix import MatrixView, choose_view
 from mergekit_monosoup.spectral.mixing import Mixing
+from mergekit_monosoup.spectral.record import EditRecord, MatrixRecord
 from mergekit_monosoup.spectral.spectrum import Spectrum, decompose
 from mergekit_monosoup.spectral.split import EFFECTIVE_RANK, Split
 from mergekit_monosoup.spectral.update import MatrixUpdate
