@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import immutables
@@ -17,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from mergekit import merge as mergekit_merge
 from mergekit.architecture import ModelArchitecture
 from mergekit.architecture.conversion import convert_checkpoint_tensors
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import ModelReference, dtype_from_name, get_config_value
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task, TaskUniverse
 from mergekit.io.tasks import LoaderCache, LoadTensor, SaveTensor
@@ -199,30 +200,24 @@ def out_config(config: MergeConfiguration, arch: ModelArchitecture, trust_remote
     return mergekit_merge._model_out_config(config, arch, trust_remote_code=trust_remote_code)
 
 
-def finish_folder(
-    config: MergeConfiguration,
-    arch: ModelArchitecture,
-    options: MergeOptions,
-    out_config: Any,
-    tokenizer: TokenizerInfo | None,
-    folder: str,
-) -> None:
-    """Write configuration and tokenizer into the output, as mergekit does after the weights."""
-    if tokenizer is not None:
-        multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
-        mergekit_merge._update_config_vocab(
-            out_config, arch, tokenizer.tokenizer, pad_to_multiple_of=multiple
-        )
-    out_config.save_pretrained(folder)
-    if tokenizer is not None:
-        mergekit_merge._set_chat_template(tokenizer.tokenizer, config)
-        tokenizer.tokenizer.save_pretrained(folder)
-    elif options.copy_tokenizer:
-        try:
-            mergekit_merge._copy_tokenizer(config, folder, options=options)
-        except Exception as error:  # noqa: BLE001 - as mergekit has it: a merge need not have a tokenizer
-            mergekit_merge.LOG.error("Failed to copy the tokenizer: %s", error)
-    mergekit_merge._copy_tagalong_files(config, folder, files=arch.tagalong_files or [], options=options)
+def layer_counts(arch: ModelArchitecture, out_config: Any) -> dict[str, int]:
+    """Return the numbers of layers that mergekit gives the output, by their keys in config.json."""
+    keys = [module.architecture.num_layers_config_key() for module in arch.modules.values()]
+    return {key: int(get_config_value(out_config, key)) for key in keys if key}
+
+
+def save_tokenizer(config: MergeConfiguration, tokenizer: TokenizerInfo, folder: str) -> None:
+    """Write the tokenizer that a recipe asks for, with the recipe's chat template."""
+    mergekit_merge._set_chat_template(tokenizer.tokenizer, config)
+    tokenizer.tokenizer.save_pretrained(folder)
+
+
+def chat_template(config: MergeConfiguration) -> str | None:
+    """Return the text of a recipe's `chat_template:`: its own, one of mergekit's, or the inputs' own."""
+    holder = SimpleNamespace(chat_template=None)
+    mergekit_merge._set_chat_template(holder, config)
+    text: str | None = holder.chat_template
+    return text
 
 
 def raw_loader(path: str) -> Any:

@@ -9,6 +9,7 @@ import click
 # name -> (one line of help, shown without importing the command's file)
 _COMMANDS = {
     "merge": "Run a merge recipe: mergekit-yaml with our methods and checks.",
+    "complete": "Give a model that stock mergekit merged the files of its fine-tuned checkpoint.",
     "plan": "Check a recipe and say what the merge will do, without reading weights.",
     "inspect": "Analyse fine-tuned checkpoints against their base without writing a model.",
     "report": "Show, sort, filter or compare the reports of merges.",

@@ -20,6 +20,12 @@ from mergekit_monosoup.cli.failure import reported_errors
 @click.option(
     "--report/--no-report", default=True, show_default=True, help="Write monosoup_report.jsonl (our methods)."
 )
+@click.option(
+    "--files-from",
+    metavar="MODEL",
+    help="Model whose configuration, tokenizer and other files go beside the weights; `base`, or a folder or "
+    "Hub id. [default: the recipe's first fine-tuned model]",
+)
 @click.option("--ray", metavar="[ADDRESS|auto|local]", help="Run on a Ray cluster; `local` starts one here.")
 @click.option(
     "--ray-cpus", type=click.FloatRange(min=0, min_open=True), help="Processors a worker. [default: 1]"
@@ -34,6 +40,7 @@ def merge(
     restart: bool,
     force_base: bool,
     report: bool,
+    files_from: str | None,
     ray: str | None,
     ray_cpus: float | None,
     ray_gpus: float | None,
@@ -62,7 +69,7 @@ def merge(
             config_file.read_text("utf-8"),
             out_path,
             merge_options,
-            RunOptions(overwrite, resume, restart, force_base, report, cluster),
+            RunOptions(overwrite, resume, restart, force_base, report, cluster, files_from),
         )
     if not merge_options.quiet:
         click.echo(f"Wrote {out_path}")

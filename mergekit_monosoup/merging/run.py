@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +19,18 @@ from mergekit_monosoup.errors import ConfigurationError, InputError, Interrupted
 from mergekit_monosoup.lora.cache import prepare_lora_cache
 from mergekit_monosoup.merging import journal
 from mergekit_monosoup.merging.card import write_card
+from mergekit_monosoup.merging.files import (
+    changed_layers,
+    complete,
+    files_model,
+    set_chat_template,
+    source_of,
+)
 from mergekit_monosoup.merging.fingerprint import check_unchanged, fingerprint, stamps
 from mergekit_monosoup.merging.folder import WorkFolder
 from mergekit_monosoup.merging.journal import Done, Journal
 from mergekit_monosoup.merging.local import run_units
+from mergekit_monosoup.merging.modules import merge_modules
 from mergekit_monosoup.merging.prepared import Prepared, check_bases
 from mergekit_monosoup.merging.progress import Progress
 from mergekit_monosoup.merging.report import merge_recorder
@@ -50,6 +57,8 @@ class RunOptions:
         force_base: merge although the values say that the base is none.
         report: write `monosoup_report.jsonl` where the method is one of ours.
         ray: where to run the units; absent: in this process.
+        files_from: model whose files go beside the weights: `base`, or a folder or Hub id; absent: the first
+            fine-tuned one of the recipe.
     """
 
     overwrite: bool = False
@@ -58,6 +67,7 @@ class RunOptions:
     force_base: bool = False
     report: bool = True
     ray: RayOptions | None = None
+    files_from: str | None = None
 
 
 def merge_to_folder(
@@ -135,6 +145,7 @@ class Run:
         self._ours = plan.method is not None and plan.method.ours
         self._report = run_options.report and self._ours
         self._ray = run_options.ray
+        self._files_from = run_options.files_from
         # Records of tensors that are computed and not yet written.
         self._pending: dict[str, TensorRecord] = {}
         self._journal: Journal | None = None
@@ -188,7 +199,6 @@ class Run:
         check_unchanged(self._inputs, self._prepared.models)
         self._writer.finish()
         self._prepared.merge.close()
-        self._recorder.close()
 
     def _on_ray(self, units: Sequence[Unit], ray_options: RayOptions) -> None:
         from mergekit_monosoup.merging.on_ray import Cluster, connected
@@ -212,14 +222,34 @@ class Run:
         """Write what lies beside the weights: configuration, tokenizer, card."""
         if self._journal is None or self._recorder is None:
             raise RuntimeError("a run is executed before it is completed")
-        path = self._folder.path
-        ready, options = self._prepared, self._options
+        path, ready, options = self._folder.path, self._prepared, self._options
+        model = files_model(ready.config, self._files_from)
         tokenizer = ready.units.tokenizer[1] if ready.units.tokenizer else None
-        host.finish_folder(ready.config, ready.arch, options, ready.out_config, tokenizer, str(path))
-        _drop_quantization_config(path / "config.json")
-        if self._options.write_model_card:
+        complete(
+            path,
+            str(model),
+            layers=changed_layers(ready.config, ready.arch, ready.out_config),
+            options=options,
+            own_tokenizer=tokenizer is not None,
+        )
+        for record in merge_modules(ready.config, source_of(model, options).folder, path, self._ours):
+            self._recorder.add(record)
+        if tokenizer is not None:
+            host.save_tokenizer(ready.config, tokenizer, str(path))
+        elif options.copy_tokenizer and (template := host.chat_template(ready.config)) is not None:
+            set_chat_template(path, template)
+        self._recorder.close()
+        if options.write_model_card:
             records = self._recorder.records if self._ours else []
-            write_card(self._recipe, path, name, self._recorder.header, records, notes=self._journal.notes)
+            write_card(
+                self._recipe,
+                path,
+                name,
+                self._recorder.header,
+                records,
+                notes=self._journal.notes,
+                source=source_of(model, options).folder,
+            )
 
     def close(self) -> None:
         """Let go of files."""
@@ -298,11 +328,3 @@ def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, run_option
     if errors:
         raise ConfigurationError("the merge would fail:\n  " + "\n  ".join(map(str, errors)))
     return plan
-
-
-def _drop_quantization_config(file: Path) -> None:
-    """Remove what config.json says of a quantised base: merged weights are stored as plain numbers."""
-    content = json.loads(file.read_text("utf-8"))
-    if content.pop("quantization_config", None) is not None:
-        LOG.warning("the merged weights are not quantised: config.json is without quantization_config")
-        file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
