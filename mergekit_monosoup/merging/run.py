@@ -14,10 +14,10 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_monosoup import host
+from mergekit_monosoup.checkpoint.output import FULL, full_disk
 from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
 from mergekit_monosoup.errors import ConfigurationError, InputError, InterruptedMerge
 from mergekit_monosoup.lora.cache import prepare_lora_cache
-from mergekit_monosoup.merging import journal
 from mergekit_monosoup.merging.card import write_card
 from mergekit_monosoup.merging.files import (
     changed_layers,
@@ -35,7 +35,7 @@ from mergekit_monosoup.merging.prepared import Prepared, check_bases
 from mergekit_monosoup.merging.progress import Progress
 from mergekit_monosoup.merging.report import merge_recorder
 from mergekit_monosoup.merging.units import Unit, by_input, is_out_of_memory, out_of_memory
-from mergekit_monosoup.merging.writer import FULL, PickleWriter, Writer, full_disk
+from mergekit_monosoup.merging.writer import PickleWriter, Writer
 from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
 from mergekit_monosoup.report.recorder import Recorder
 from mergekit_monosoup.report.schema import TensorRecord
@@ -98,16 +98,20 @@ def merge_to_folder(
     )
     run = Run(recipe, config, options, plan, folder, left, run_options)
     try:
-        run.prepare(run_options.force_base)
-        run.execute()
-        run.complete(out_path.resolve().name)
+        try:
+            run.prepare(run_options.force_base)
+            run.execute()
+            run.complete(out_path.resolve().name)
+        finally:
+            # Under the lock still: what the journal has not written yet goes to the disk.
+            run.close()
         folder.finish()
     except KeyboardInterrupt as error:
         folder.abandon(keep=run.has_results)
         if not run.has_results:
             raise InterruptedMerge("interrupted; nothing was written") from error
         raise InterruptedMerge(
-            f"interrupted; what is done is kept in {folder.path}: run the same command with --resume to go on"
+            f"interrupted; what is done is kept in {folder.root}: run the same command with --resume to go on"
         ) from error
     except (ConfigurationError, InputError):
         # What was merged of such a recipe or input is of no use to the next.
@@ -116,14 +120,12 @@ def merge_to_folder(
     except BaseException as error:
         folder.abandon(keep=run.has_results)
         if run.has_results:
-            LOG.warning("what is done is kept in %s; --resume goes on with it", folder.path)
+            LOG.warning("what is done is kept in %s; --resume goes on with it", folder.root)
         if is_out_of_memory(error):
             raise out_of_memory("the merge") from error
         if isinstance(error, OSError) and error.errno in FULL:
             raise full_disk(folder.path) from error
         raise
-    finally:
-        run.close()
 
 
 class Run:
@@ -167,7 +169,7 @@ class Run:
         layout, path = self._prepared.layout, self._folder.path
         said = fingerprint(self._recipe, options, self._inputs, layout)
         self._recorder = merge_recorder(self._recipe, config, options, path, self._report)
-        kept = Journal.resume(path / journal.NAME, said) if self._resumed else None
+        kept = Journal.resume(self._folder.journal, said, self._sync) if self._resumed else None
         self._writer: Writer | PickleWriter
         if not options.safe_serialization:
             self._writer = PickleWriter(path, options.out_shard_size)
@@ -175,7 +177,7 @@ class Run:
             self._writer = Writer.reopen(path, layout)
         else:
             self._writer = Writer.create(path, layout)
-        self._journal = kept or Journal(path / journal.NAME, said)
+        self._journal = kept or Journal(self._folder.journal, said, self._sync)
 
     def execute(self) -> None:
         """Compute what is not there yet, and write it."""
@@ -260,6 +262,9 @@ class Run:
         if self._journal is not None:
             self._journal.close()
 
+    def _sync(self) -> None:
+        self._writer.sync()
+
     def _take(self, record: TensorRecord) -> None:
         self._pending[record.tensor] = record
 
@@ -289,9 +294,8 @@ class Run:
         """Return the finished tensors whose bytes are what the journal says."""
         if self._journal is None:
             return {}
-        names = {unit.name for unit in self._prepared.units.units}
-        found = {name: done for name, done in self._journal.kept.items() if name in names}
-        return {name: done for name, done in found.items() if self._writer.stored_hash(name) == done.sha256}
+        self._journal.recheck(self._writer.stored_hash)
+        return self._journal.kept
 
 
 def _passed_on(unit: Unit, config: MergeConfiguration) -> TensorRecord:

@@ -218,9 +218,9 @@ def test_a_damaged_part_is_computed_again(tmp_path, slow_pair):
     partial = tmp_path / "out.partial"
     lines = (partial / "monosoup_journal.jsonl").read_text().splitlines()
     done = [json.loads(line)["tensor"] for line in lines[1:] if line.startswith('{"tensor"')]
-    header = int.from_bytes((partial / "model.safetensors").open("rb").read(8), "little")
-    content = json.loads((partial / "model.safetensors").open("rb").read(8 + header)[8:])
-    with (partial / "model.safetensors").open("r+b") as stream:
+    header = int.from_bytes((partial / "model" / "model.safetensors").open("rb").read(8), "little")
+    content = json.loads((partial / "model" / "model.safetensors").open("rb").read(8 + header)[8:])
+    with (partial / "model" / "model.safetensors").open("r+b") as stream:
         stream.seek(8 + header + content[done[0]]["data_offsets"][0])
         stream.write(b"\x00\x01\x02\x03")
     with (partial / "monosoup_journal.jsonl").open("a") as stream:
