@@ -58,8 +58,9 @@ LEFT_BEHIND = (
     Kind(
         "weights in other formats",
         (
-            "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt*", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data*",
-            "*.onnx.data", "*.h5", "*.msgpack", "*.ot", "*.pb", "*.npz", "*.tflite", "*.litertlm", "*.mlmodel",
+            "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt*", "*.gguf", "*.ggml", "*.onnx",
+            "*.onnx_data*", "*.onnx.data", "*.h5", "*.msgpack", "*.ot", "*.pb", "*.npz", "*.tflite", "*.litertlm",
+            "*.mlmodel",
             "*.nemo", "*.engine", "*.pte", "onnx/", "openvino/", "coreml/", "gguf/", "*.mlpackage/",
             "*.mlmodelc/", "original/",
         ),
@@ -96,7 +97,8 @@ TOKENIZER = Kind(
     (
         "tokenizer*.json", "tokenizer*.model", "tokenizer_config.json", "special_tokens_map.json",
         "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model",
-        "*.tiktoken", "tekken.json", "chat_template*.json", "chat_template*.jinja", "additional_chat_templates/",
+        "*.tiktoken", "tekken.json", "chat_template*.json", "chat_template*.jinja",
+        "additional_chat_templates/",
     ),
     "the fine-tuned checkpoint, byte for byte (an adapter's own go before its base's, and the base's where "
     "there are none); the recipe where it has `tokenizer:` or `chat_template:`",

@@ -1,4 +1,4 @@
-"""config.json of the result: that of the fine-tuned checkpoint, put right where the written weights differ."""
+"""config.json of the result: the fine-tuned checkpoint's, put right where the written weights differ."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EMBEDDINGS = (
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _TYPES = ("dtype", "torch_dtype")
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
-_TOKEN_ID = re.compile(r"^(?!.*per_layer).*_token_id(s)?$")
+_TOKEN_ID = re.compile("_token_(id|ids|index)$")
 
 
 def written_config(
@@ -97,7 +97,7 @@ def renumbered(content: Mapping[str, Any], ids: Mapping[int, int | None], defaul
     def renewed(key: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {k: renewed(k, v) for k, v in value.items()}
-        if not _TOKEN_ID.match(key):
+        if not _TOKEN_ID.search(key):
             return value
         if isinstance(value, list):
             kept = [new for old in value if (new := ids.get(old)) is not None]
@@ -137,7 +137,8 @@ def _set_types(config: dict[str, Any], written: Tensors) -> None:
 def _spelling(config: Mapping[str, Any]) -> str:
     """Return which key the version of transformers that wrote a configuration reads."""
     version = str(config.get("transformers_version", ""))
-    return "dtype" if version.partition(".")[0].isdigit() and int(version.partition(".")[0]) >= 5 else _TYPES[1]
+    major = version.partition(".")[0]
+    return "dtype" if major.isdigit() and int(major) >= 5 else "torch_dtype"
 
 
 def _set_tied(config: dict[str, Any], written: Tensors, equal: Callable[[str, str], bool]) -> None:
@@ -167,7 +168,7 @@ def _default_tied(model_type: object) -> bool | None:
     """Return what holds for a class of model whose configuration is silent; None where it is not known."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
     found = getattr(CONFIG_MAPPING[model_type], "tie_word_embeddings", None)
     return found if isinstance(found, bool) else None
@@ -204,9 +205,9 @@ def _set_layers(config: dict[str, Any], key: str, sources: Sequence[int]) -> Non
     part[last] = len(sources)
     for name, value in part.items():
         # One entry a layer, such as `layer_types`.
-        if isinstance(value, list) and len(value) == before and re.search("layer|block", name):
-            if all(isinstance(entry, str) for entry in value) or name == "no_rope_layers":
-                part[name] = [value[source] for source in sources]
+        each = isinstance(value, list) and len(value) == before and re.search("layer|block", name)
+        if each and (all(isinstance(entry, str) for entry in value) or name == "no_rope_layers"):
+            part[name] = [value[source] for source in sources]
 
 
 def _named(tensors: Tensors, endings: tuple[str, ...]) -> str | None:
