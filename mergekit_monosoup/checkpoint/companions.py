@@ -59,8 +59,8 @@ LEFT_BEHIND = (
         "weights in other formats",
         (
             "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt*", "*.gguf", "*.ggml", "*.onnx",
-            "*.onnx_data*", "*.onnx.data", "*.h5", "*.msgpack", "*.ot", "*.pb", "*.npz", "*.tflite", "*.litertlm",
-            "*.mlmodel",
+            "*.onnx_data*", "*.onnx.data", "*.h5", "*.msgpack", "*.ot", "*.pb", "*.npz",
+            "*.tflite", "*.litertlm", "*.mlmodel",
             "*.nemo", "*.engine", "*.pte", "onnx/", "openvino/", "coreml/", "gguf/", "*.mlpackage/",
             "*.mlmodelc/", "original/",
         ),
