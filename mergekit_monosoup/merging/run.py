@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,13 +20,14 @@ from torch import Tensor
 
 from mergekit_monosoup import host
 from mergekit_monosoup.checkpoint.dequantised import has_scales
-from mergekit_monosoup.checkpoint.headers import read_folder
+from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.checkpoint.lineage import SAMPLED_TENSORS, BaseWatch, check_base
 from mergekit_monosoup.errors import ConfigurationError, InputError
 from mergekit_monosoup.lora.cache import prepare_lora_cache
 from mergekit_monosoup.merging.architecture import fitting_architecture
 from mergekit_monosoup.merging.card import write_card
 from mergekit_monosoup.merging.local import run_units
+from mergekit_monosoup.merging.opened import finetuned_models, open_with_common_names
 from mergekit_monosoup.merging.progress import progress
 from mergekit_monosoup.merging.report import merge_recorder
 from mergekit_monosoup.merging.units import Unit, by_input, plan_units
@@ -70,8 +71,9 @@ def merge_to_folder(
     with _staged(out_path, overwrite) as staging:
         prepare_lora_cache(config, options)
         host.open_models(config.referenced_models(), options)
+        checkpoints = open_with_common_names(config, as_stored=options.allow_crimes)
         if ours and not force_base:
-            check_bases(config)
+            check_bases(config, checkpoints)
         config = _with_common_dtype(config)
         total = sum(tensor.size for tensor in plan.tensors)
         with (
@@ -79,7 +81,7 @@ def merge_to_folder(
             merge_recorder(recipe, config, options, staging, bar, report and ours) as recorder,
         ):
             merge = Merge(config.base_model, finetuned_models(config), on_record=[recorder.add])
-            _run(config, options, merge, staging, recorder)
+            _run(config, options, merge, checkpoints, staging, recorder)
             merge.close()
         _drop_quantization_config(staging / "config.json")
         if options.write_model_card:
@@ -94,12 +96,17 @@ def merge_to_folder(
 
 
 def _run(
-    config: MergeConfiguration, options: MergeOptions, merge: Merge, staging: Path, recorder: Recorder
+    config: MergeConfiguration,
+    options: MergeOptions,
+    merge: Merge,
+    checkpoints: Mapping[ModelReference, Checkpoint],
+    staging: Path,
+    recorder: Recorder,
 ) -> None:
-    arch = fitting_architecture(config, options)
+    arch = fitting_architecture(config, options, checkpoints)
     out_config = host.out_config(config, arch, options.trust_remote_code)
     with stock().suspended():
-        planned = plan_units(config, arch, options, out_config, merge)
+        planned = plan_units(config, arch, options, out_config, merge, checkpoints)
     writer = TensorWriter(str(staging), options.out_shard_size, options.safe_serialization)
     recorded = {record.tensor for record in recorder.records}
 
@@ -127,15 +134,7 @@ def _passed_on(unit: Unit, config: MergeConfiguration) -> TensorRecord:
     )
 
 
-def finetuned_models(config: MergeConfiguration) -> tuple[ModelReference, ...]:
-    """Return the models of a recipe besides its base, in the order in which they are listed."""
-    owners = [config, *(config.modules or {}).values()]
-    listed = [entry.model for owner in owners for entry in owner.models or ()]
-    listed += [s.model for owner in owners for part in owner.slices or () for s in part.sources]
-    return tuple(dict.fromkeys(model for model in listed if model != config.base_model))
-
-
-def check_bases(config: MergeConfiguration) -> None:
+def check_bases(config: MergeConfiguration, checkpoints: Mapping[ModelReference, Checkpoint]) -> None:
     """Look at sampled values of all checkpoints of a recipe, which mergekit has opened by now.
 
     Raises:
@@ -143,18 +142,18 @@ def check_bases(config: MergeConfiguration) -> None:
     """
     base = config.base_model
     for model in finetuned_models(config) if base is not None else ():
-        message = _base_message(base, model)
+        message = _base_message(base, model, checkpoints)
         if message is not None:
             raise InputError(f"{message}, or pass --force-base to merge all the same")
 
 
-def _base_message(base: ModelReference, model: ModelReference) -> str | None:
+def _base_message(
+    base: ModelReference, model: ModelReference, checkpoints: Mapping[ModelReference, Checkpoint]
+) -> str | None:
     """Sample the files; whole tensors only where they are pickled."""
     loaders = [LoaderCache().get(reference) for reference in (base, model)]
     if all(loader.index.is_safetensors for loader in loaders):
-        folders = [Path(loader.index.base_path) for loader in loaders]
-        one, two = (read_folder(str(r), f) for r, f in zip((base, model), folders, strict=True))
-        return check_base(one, two)
+        return check_base(checkpoints[base], checkpoints[model])
     names = [name for name in loaders[0].index.tensor_paths if name in loaders[1].index.tensor_paths]
     watch = BaseWatch()
     for name in names[:: max(1, len(names) // (4 * SAMPLED_TENSORS))]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_monosoup.checkpoint.lineage import BaseWatch
+from mergekit_monosoup.checkpoint.vocabulary import rows_kept
 from mergekit_monosoup.errors import ParameterError
 from mergekit_monosoup.methods.outcomes import MergedWeight, Outcome
 from mergekit_monosoup.report.inputs import InputHashes
@@ -38,6 +39,8 @@ class Merge:
             merged without a recipe.
         on_outcome: is told what became of each tensor; costs nothing.
         on_record: is told in figures; each tensor is then measured.
+        rows_kept: of embeddings of which only some rows are merged, the shape in the output and the number
+            of rows that the fine-tuned checkpoint alone has.
     """
 
     base: Any = None
@@ -45,6 +48,7 @@ class Merge:
     on_outcome: Sequence[Callable[[Outcome], None]] = ()
     on_record: Sequence[Callable[[TensorRecord], None]] = ()
     decision: Any = None
+    rows_kept: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
     _settings: dict[str, Any] = field(default_factory=dict)
     _settled_by: dict[str, str | None] = field(default_factory=dict)
     _files: dict[Path, Recorder] = field(default_factory=dict)
@@ -114,8 +118,10 @@ class Merge:
             figures: numbers that only this method has.
         """
         name = group.metadata.name or ""
+        shape, rows = self.rows_kept.get(name, (None, 0))
+        reason = "; ".join(filter(None, (merged.reason, rows_kept(rows) if rows else "")))
         for tell in self.on_outcome:
-            tell(Outcome(name, merged.action, merged.reason, merged.edit))
+            tell(Outcome(name, merged.action, reason, merged.edit))
         if group.base is None:
             return
         self._look_at_base(group, group.base)
@@ -136,8 +142,11 @@ class Merge:
                 started=started,
                 method=spec.name,
                 parameters={k: v for k, v in (parameters or {}).items() if v != defaults[k]},
-                figures=dict(figures or {}),
+                figures=dict(figures or {}) | ({"rows_kept": rows} if rows else {}),
             )
+        if shape is not None:
+            reason = "; ".join(filter(None, (record.reason, rows_kept(rows))))
+            record = record.model_copy(update={"shape": shape, "reason": reason})
         for take in self.on_record:
             take(record)
         if report is not None:
