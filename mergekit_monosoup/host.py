@@ -271,7 +271,7 @@ def open_models(models: Sequence[ModelReference], options: MergeOptions) -> None
         cache.get(model)
 
 
-class RenamedTensors(LazyTensorLoader):  # type: ignore[misc]
+class RenamedTensors(LazyTensorLoader):
     """A loader that knows the tensors of another by names of its own."""
 
     def __init__(self, stored: LazyTensorLoader, names: Mapping[str, str]) -> None:

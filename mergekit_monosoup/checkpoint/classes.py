@@ -109,7 +109,7 @@ def _settings(checkpoint: Checkpoint) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = checkpoint.config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return None
     try:
         return CONFIG_MAPPING[kind].from_dict(dict(checkpoint.config))

@@ -125,7 +125,7 @@ def _weight(name: str, models: Sequence[Checkpoint], axes: Mapping[str, int | No
     if axis is None:
         axis = vocabulary_axis(name)
     optional = any(name not in model.tensors for model in models)
-    tied = ()
+    tied: tuple[str, ...] = ()
     if optional and _OUTPUT.search(name):
         lacking = [m for m in models if name not in m.tensors]
         tied = tuple(dict.fromkeys(t for m in lacking if (t := _tied_to(name, m)) is not None))

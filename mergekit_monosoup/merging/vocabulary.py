@@ -9,6 +9,7 @@ from mergekit.common import ImmutableMap
 from mergekit.graph import Task
 from mergekit.io.tasks import LoadTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask, TensorDictWrapper
+from pydantic import ConfigDict
 from torch import Tensor
 
 from mergekit_monosoup import host
@@ -33,8 +34,10 @@ class Index:
         tensor.index_copy_(axis, self._rows.to(tensor.device), values)
 
 
-class SelectRows(Task[Any], frozen=True, arbitrary_types_allowed=True):
+class SelectRows(Task[Any]):
     """Some rows of a loaded tensor."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     load: LoadTensor
     rows: Index
@@ -49,8 +52,10 @@ class SelectRows(Task[Any], frozen=True, arbitrary_types_allowed=True):
         return None if tensor is None else self.rows.of(tensor, self.axis)
 
 
-class RestoreRows(Task[Any], frozen=True, arbitrary_types_allowed=True):
+class RestoreRows(Task[Any]):
     """A tensor with some of its rows replaced by merged ones."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     merged: ExecuteMergeMethodTask
     own: LoadTensor

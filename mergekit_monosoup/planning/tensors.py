@@ -125,7 +125,7 @@ class TensorPlanner:
                 tied_only = tied_only and stored.name in weight.tied_names
         if out.optional and (not found or tied_only):
             return
-        if self.method.ours and self._is_tied_in_output(inputs, found, missing, part):
+        if self.method.ours and self._is_left_out(out, inputs, found, missing, part):
             for source, stored in found:
                 self._used.setdefault(source.checkpoint.name, set()).add(stored.name)
             return
@@ -139,18 +139,19 @@ class TensorPlanner:
         self._add(out, found, part, blocks, t, shape)
 
     @staticmethod
-    def _is_tied_in_output(
+    def _is_left_out(
+        out: Weight,
         inputs: list[Weight],
         found: list[tuple[Source, StoredTensor]],
         missing: list[Source],
         part: OutputSlice,
     ) -> bool:
-        """Say whether the first fine-tuned model, whose layout the output has, has none of its own."""
+        """Say whether the first fine-tuned model, whose layout the output has, is without the tensor."""
         first = next((i for i, s in enumerate(part.sources) if s.checkpoint is not part.base), None)
-        if first is None:
+        if first is None or not found:
             return False
         if part.sources[first] in missing:
-            return all(source.checkpoint is not part.base for source, _ in found)
+            return out.optional and all(source.checkpoint is not part.base for source, _ in found)
         stored = next(tensor for source, tensor in found if source is part.sources[first])
         return stored.name in inputs[first].tied_names
 
@@ -294,7 +295,7 @@ class TensorPlanner:
         tuned = [source for source, _ in found if source.checkpoint is not part.base]
         if not tuned:
             return "copied", "only the base has it"
-        if self.method.ours and len(tuned) == len(found):
+        if self.method.ours and out.optional and len(tuned) == len(found):
             return "kept", "the base does not have it"
         if not self.method.ours:
             return ("kept", "one input") if len(found) == 1 else ("averaged", f"by {self.method.name}")
