@@ -92,8 +92,10 @@ def run_task(
         loaded: further tasks with their values.
         math_device, storage_device: as mergekit's executor has them.
     """
-    universe = TaskUniverse([task])
     known = {**(loaded or {}), **({tokenizer[0]: tokenizer[1]} if tokenizer else {})}
+    if task in known:
+        return known[task]
+    universe = TaskUniverse([task])
     cached = {h: value for t, value in known.items() if (h := universe.get_handle(t)) is not None}
     executor = Executor(
         [universe.add_task(task)],

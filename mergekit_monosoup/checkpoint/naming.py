@@ -21,6 +21,7 @@ from mergekit_monosoup.checkpoint.scales import is_scale
 from mergekit_monosoup.errors import InputError
 
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 # torch.compile, FSDP and activation checkpointing put these before any module that they wrap.
 _WRAPPED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # DataParallel and peft put these before the whole model.
@@ -128,9 +129,10 @@ def _aligned(model: Renamed, target: Checkpoint, notes: list[str]) -> Renamed:
     taken = set(names.values())
     free = [name for name in free if name not in taken]
     pair = _prefixes(left, free)
-    if pair is not None and 2 * pair[2] >= min(len(left), len(free)):
+    fewest = min(len(weight_names(model.checkpoint)), len(weight_names(target)))
+    if pair is not None and 2 * pair[2] >= fewest:
         mine, theirs, _ = pair
-        by_prefix = _replaced(left, set(free), mine, theirs)
+        by_prefix = _replaced(left, target, mine, theirs)
         if not _is_known(mine, model.checkpoint, target) or not _is_known(theirs, model.checkpoint, target):
             example, other = next(iter(by_prefix.items()))
             raise InputError(
@@ -179,9 +181,11 @@ def _prefixes(left: Iterable[str], free: Iterable[str]) -> tuple[str, str, int] 
     return (mine and mine + "."), (theirs and theirs + "."), count
 
 
-def _replaced(left: Sequence[str], free: set[str], mine: str, theirs: str) -> dict[str, str]:
+def _replaced(left: Sequence[str], target: Checkpoint, mine: str, theirs: str) -> dict[str, str]:
+    """Return the new names of those tensors whose like `target` has, be it in another layer."""
+    kinds = {_NUMBER.sub(".*", name) for name in target.tensors}
     names = {name: theirs + name.removeprefix(mine) for name in left if name.startswith(mine)}
-    return {name: new for name, new in names.items() if new in free}
+    return {name: new for name, new in names.items() if _NUMBER.sub(".*", new) in kinds}
 
 
 def _is_known(prefix: str, *models: Checkpoint) -> bool:

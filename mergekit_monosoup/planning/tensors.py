@@ -128,6 +128,8 @@ class TensorPlanner:
         if self.method.ours and self._is_left_out(out, inputs, found, missing, part):
             for source, stored in found:
                 self._used.setdefault(source.checkpoint.name, set()).add(stored.name)
+            if any(stored.name == out.name for _, stored in found):
+                self.problems.warning(f"{out.name} left out: the fine-tuned model ties it to its embedding")
             return
         if missing and not self._may_miss(out, missing, found, part):
             return
