@@ -120,33 +120,39 @@ def _aligned(model: Renamed, target: Checkpoint, notes: list[str]) -> Renamed:
     if not left or not free:
         return model
     names = _by_transformers(model.checkpoint, target, left, free)
-    if names:
-        notes.append(
-            f"{len(names)} tensors of {model.checkpoint.name} have the names of another version of "
-            f"transformers than those of {target.name}; they are matched as transformers does"
-        )
+    how = f"the form of another version of transformers than those of {target.name}" if names else ""
     left = [name for name in left if name not in names]
     taken = set(names.values())
-    free = [name for name in free if name not in taken]
-    pair = _prefixes(left, free)
-    fewest = min(len(weight_names(model.checkpoint)), len(weight_names(target)))
-    if pair is not None and 2 * pair[2] >= fewest:
-        mine, theirs, _ = pair
-        by_prefix = _replaced(left, target, mine, theirs)
-        if not _is_known(mine, model.checkpoint, target) or not _is_known(theirs, model.checkpoint, target):
-            example, other = next(iter(by_prefix.items()))
-            raise InputError(
-                f"the names of {model.checkpoint.name} begin with {mine or 'nothing'!r} where those of "
-                f"{target.name} begin with {theirs or 'nothing'!r} ({example} and {other}); save one of "
-                "them again under the names of the other"
-            )
-        written = [f"`{prefix}`" if prefix else "no prefix" for prefix in (mine, theirs)]
-        notes.append(
-            f"the names of {model.checkpoint.name} have {written[0]} where those of {target.name} have "
-            f"{written[1]}, which is seen through"
-        )
+    pair = _prefixes(left, [name for name in free if name not in taken])
+    if pair is not None:
+        by_prefix = _by_prefix(model.checkpoint, target, left, pair)
         names |= by_prefix
+        if by_prefix:
+            how = how or f"{_written(pair[0])} where those of {target.name} have {_written(pair[1])}"
+    if how:
+        notes.append(f"the names of {model.checkpoint.name} have {how}, which is seen through")
     return _with_scales(model, names) if names else model
+
+
+def _by_prefix(
+    model: Checkpoint, target: Checkpoint, left: Sequence[str], pair: tuple[str, str, int]
+) -> dict[str, str]:
+    """Return new names for tensors that have one prefix where those of `target` have another."""
+    mine, theirs, count = pair
+    names = _replaced(left, target, mine, theirs)
+    if _is_known(mine, model, target) and _is_known(theirs, model, target):
+        return names if 2 * count >= len(left) else {}
+    if 2 * count < min(len(weight_names(model)), len(weight_names(target))):
+        return {}
+    example, other = next(iter(names.items()))
+    raise InputError(
+        f"the names of {model.name} begin with {_written(mine)} where those of {target.name} begin with "
+        f"{_written(theirs)} ({example} and {other}); save one of them again under the names of the other"
+    )
+
+
+def _written(prefix: str) -> str:
+    return f"`{prefix}`" if prefix else "no prefix"
 
 
 def _by_transformers(

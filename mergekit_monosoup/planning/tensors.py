@@ -43,6 +43,7 @@ class TensorPlanner:
         self.asked: dict[str, list[Weight]] = {}
         self.lacking = False
         self._said_by_index = False
+        self._by_class: dict[str, Mapping[str, str]] = {}
         self._used: dict[str, set[str]] = {}
 
     def plan_module(
@@ -161,7 +162,18 @@ class TensorPlanner:
         for name in (weight.name, *weight.aliases, *weight.tied_names):
             if name in checkpoint.tensors:
                 return checkpoint.tensors[name]
-        return None
+        stored = self._renamed(checkpoint).get(weight.name)
+        return checkpoint.tensors[stored] if stored is not None else None
+
+    def _renamed(self, checkpoint: Checkpoint) -> Mapping[str, str]:
+        """Return the stored names by those that transformers gives them as it loads the checkpoint."""
+        if checkpoint.name not in self._by_class:
+            # Slow to import, and only a checkpoint that lacks a tensor leads here.
+            from mergekit_monosoup.checkpoint.coverage import canonical_names
+
+            kind = checkpoint.config.get("model_type")
+            self._by_class[checkpoint.name] = canonical_names(checkpoint.tensors, kind)
+        return self._by_class[checkpoint.name]
 
     def _may_miss(
         self,
