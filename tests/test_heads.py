@@ -203,6 +203,20 @@ def test_multi_token_prediction_layers_that_only_the_base_has(tmp_path, caplog):
     assert {(done[name].action, done[name].reason) for name in extra} == {("copied", "only the base has it")}
 
 
+def test_float8_layers_that_only_the_base_has_keep_their_values(tmp_path):
+    model = build_model("qwen3-tied")
+    plain = write_checkpoint(tmp_path / "plain_base", model, torch.bfloat16)
+    tuned = write_checkpoint(tmp_path / "tuned", fine_tune(model, 1), torch.bfloat16)
+    values, scale = torch.randn(40, 80), torch.tensor([0.25])
+    extra = {"mtp.fc.weight": values.to(torch.float8_e4m3fn), "mtp.fc.weight_scale_inv": scale}
+    base = copy_with_tensors(plain, tmp_path / "base", load_tensors(plain) | extra)
+    for keys in ({}, {"dtype": "float32"}):
+        merged = our_merge(tmp_path / str(len(keys)), recipe(base, tuned, **keys))
+        assert "mtp.fc.weight_scale_inv" not in merged
+        expected = extra["mtp.fc.weight"].float() * 0.25
+        assert torch.equal(merged["mtp.fc.weight"].float(), expected)
+
+
 def test_parts_that_only_the_fine_tune_has(tmp_path, caplog):
     model = build_model("qwen3-tied")
     base = write_checkpoint(tmp_path / "base", model, F32)

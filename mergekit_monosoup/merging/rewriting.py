@@ -12,9 +12,13 @@ from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import LoadTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from pydantic import ConfigDict
+from torch import Tensor
 
 from mergekit_monosoup import host
+from mergekit_monosoup.checkpoint.float8 import DEQUANTISED, FLOAT8, dequantise
 from mergekit_monosoup.checkpoint.headers import Checkpoint
+from mergekit_monosoup.checkpoint.scales import scale_name
 from mergekit_monosoup.checkpoint.storage import wide_tensors
 from mergekit_monosoup.checkpoint.vocabulary import Vocabularies
 from mergekit_monosoup.merging.vocabulary import on_shared_rows
@@ -38,6 +42,24 @@ class Rewritten:
     rows_kept: int = 0
 
 
+class Dequantised(Task[Any]):
+    """A float8 tensor times its scale."""
+
+    model_config = ConfigDict(frozen=True)
+
+    load: LoadTensor
+    scale: LoadTensor
+
+    def arguments(self) -> dict[str, Task[Any]]:
+        """Return what is needed before."""
+        return {"weight": self.load, "scale": self.scale}
+
+    def execute(self, weight: Tensor, scale: Tensor, **_: Any) -> Tensor:
+        """Return the values in bfloat16, or in what the recipe has asked for."""
+        value = dequantise(weight, scale, self.load.tensor)
+        return value.to(DEQUANTISED if weight.dtype in FLOAT8 else weight.dtype)
+
+
 class Rewriter:
     """Rewrite the tasks of one merge; `checkpoint/layout.py` has the same rules for its plan."""
 
@@ -52,6 +74,7 @@ class Rewriter:
         """Take what is known of the merge; `ours` says whether its method is one of ours."""
         self._base, self._shapes, self._ours = config.base_model, shapes, ours
         models = list(checkpoints.values())
+        self._checkpoints = checkpoints
         self._names = {model: checkpoint.name for model, checkpoint in checkpoints.items()}
         self._vocabularies = Vocabularies(models)
         self._wide = wide_tensors(models[0].tensors.values()) if ours else frozenset()
@@ -77,8 +100,19 @@ class Rewriter:
         first = _first(loads, base)
         present = {load: like for load in loads if (like := self._shapes.of(load)) is not None}
         if self._ours and present and all(load.model != base for load in present):
-            return replace(made, task=first, passed_on=_NEW) if first in present else None
+            return replace(made, task=self._alone(first), passed_on=_NEW) if first in present else None
+        if self._ours and task.output_weight.optional and all(load.model == base for load in present):
+            return replace(made, task=self._alone(next(iter(present))), passed_on=_OLD) if present else None
         return self._by_row(made, task, present, first)
+
+    def _alone(self, load: LoadTensor) -> Task[Any]:
+        """Return a task for a tensor that only one checkpoint has."""
+        name = host.stored_name(load)
+        held = self._checkpoints[load.model].tensors
+        scale = scale_name(name, held) if name is not None else None
+        if scale is None or name is None or not held[name].dtype.startswith("float8"):
+            return load
+        return Dequantised(load=load, scale=load.model_copy(update={"tensor": scale, "dtype": None}))
 
     @staticmethod
     def _is_tied(task: ExecuteMergeMethodTask, base: ModelReference | None) -> bool:
@@ -91,7 +125,7 @@ class Rewriter:
         self,
         made: Rewritten,
         task: ExecuteMergeMethodTask,
-        present: Mapping[LoadTensor, torch.Tensor],
+        present: Mapping[LoadTensor, Tensor],
         first: LoadTensor,
     ) -> Rewritten:
         """Merge the rows of an embedding that all checkpoints have."""
@@ -114,3 +148,4 @@ def _first(loads: Sequence[LoadTensor], base: ModelReference | None) -> LoadTens
 
 
 _NEW: tuple[Action, str] = ("kept", "the base does not have it")
+_OLD: tuple[Action, str] = ("copied", "only the base has it")
