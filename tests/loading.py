@@ -10,9 +10,9 @@ import transformers
 IDS = torch.arange(4, 24)[None]
 
 
-def loaded(folder: Path, like: Path | None = None) -> torch.nn.Module:
-    """A checkpoint by the class and the configuration of `like`, nothing missing and nothing left over."""
-    config = transformers.AutoConfig.from_pretrained(like or folder)
+def loaded(folder: Path) -> torch.nn.Module:
+    """A checkpoint by the class that it names, nothing missing and nothing left over."""
+    config = transformers.AutoConfig.from_pretrained(folder)
     model_class = getattr(transformers, config.architectures[0])
     model, info = model_class.from_pretrained(
         folder, config=config, dtype=torch.float32, output_loading_info=True
@@ -31,4 +31,4 @@ def output(model: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 def assert_same_model(out: Path, tuned: Path, ids: torch.Tensor = IDS) -> None:
     """The result of `alpha: 1, edit: false` gives the fine-tuned checkpoint's numbers exactly."""
-    assert torch.equal(output(loaded(out, tuned), ids), output(loaded(tuned), ids))
+    assert torch.equal(output(loaded(out), ids), output(loaded(tuned), ids))

@@ -118,7 +118,7 @@ def test_new_heads_over_a_plain_base(tmp_path, caplog, plain, head):
     exact = oracle.monosoup_weight(as_float64(w0[base_name]), [as_float64(w1[name])])
     torch.testing.assert_close(merged[name].double(), torch.from_numpy(exact))
     assert done[name].action == "edited"
-    loaded(tmp_path / "out", tuned)
+    loaded(tmp_path / "out")
     our_merge(tmp_path / "plain", recipe(base, tuned, **PLAIN))
     config = t.AutoConfig.from_pretrained(tuned)
     results = [kind.from_pretrained(f, config=config)(torch.arange(9)[None]) for f in (tuned, out(tmp_path))]

@@ -68,7 +68,7 @@ def test_a_known_prefix(tmp_path, family, caplog, wrapper, which):
     lines = [r.getMessage() for r in caplog.records if "seen through" in r.getMessage()]
     assert len(lines) == 1, lines
     assert str(pair[which]) in lines[0]
-    loaded(tmp_path / "out", models.base)
+    loaded(tmp_path / "out")
 
 
 def test_both_wrapped(tmp_path, family):
@@ -144,7 +144,7 @@ def test_names_of_transformers_4_against_5(tmp_path, caplog):
     assert caplog.text.count("seen through") == 1
     # Of the two, the names that the class itself has.
     assert equal(merged, {newer(name): tensor for name, tensor in expected.items()})
-    loaded(tmp_path / "out", base)
+    loaded(tmp_path / "out")
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_a_text_only_fine_tune_of_a_vision_language_base(tmp_path, composite, ca
     done = {r.tensor: r.action for r in read_report(tmp_path / "out").records}
     assert done[name] == "edited"
     assert {done[n] for n in vision} == {"copied"}
-    model = loaded(tmp_path / "out", base)
+    model = loaded(tmp_path / "out")
     assert torch.equal(model.model.language_model.layers[1].mlp.up_proj.weight, merged[name])
 
 

@@ -69,7 +69,7 @@ def test_added_tokens(tmp_path, added):
         assert records[name].shape == (VOCABULARY + 3, 40)
         assert "3 rows the base does not have are kept" in records[name].reason
         assert records[name].figures["rows_kept"] == 3
-    before, after = (output(loaded(f, tuned)) for f in (tuned, tmp_path / "out"))
+    before, after = (output(loaded(f)) for f in (tuned, tmp_path / "out"))
     assert after.shape[-1] == VOCABULARY + 3
     assert 0 < (after - before).norm() / before.norm() < 0.1
 

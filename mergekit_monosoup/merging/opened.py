@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from mergekit_monosoup import host
+from mergekit_monosoup.checkpoint.classes import is_language_model_of
 from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor, header_of, read_config
 from mergekit_monosoup.checkpoint.naming import with_common_names
 
@@ -48,6 +50,20 @@ def finetuned_models(config: MergeConfiguration) -> tuple[ModelReference, ...]:
     listed = [entry.model for owner in owners for entry in owner.models or ()]
     listed += [s.model for owner in owners for part in owner.slices or () for s in part.sources]
     return tuple(dict.fromkeys(model for model in listed if model != config.base_model))
+
+
+def described_by(
+    checkpoints: Mapping[ModelReference, Checkpoint], config: MergeConfiguration
+) -> ModelReference:
+    """Return the checkpoint whose configuration the output has.
+
+    The first fine-tuned one; but of a language model beside the base's other parts, which are kept, the
+    base.
+    """
+    first = next(iter(checkpoints))
+    base = config.base_model
+    whole = base is not None and is_language_model_of(checkpoints[first], checkpoints[base])
+    return base if whole and base is not None else first
 
 
 def opened_checkpoint(model: ModelReference) -> Checkpoint:
