@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from mergekit_monosoup.checkpoint.storage import wide_tensors
 from mergekit_monosoup.checkpoint.vocabulary import Vocabularies
 from mergekit_monosoup.merging.vocabulary import on_shared_rows
 from mergekit_monosoup.report.schema import Action
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Rewriter:
         self._checkpoints = checkpoints
         self._names = {model: checkpoint.name for model, checkpoint in checkpoints.items()}
         self._vocabularies = Vocabularies(models)
+        self._said = False
         self._wide = wide_tensors(models[0].tensors.values()) if ours else frozenset()
 
     def rewritten(self, entry: host.PlannedTask) -> Rewritten | None:
@@ -137,6 +142,11 @@ class Rewriter:
         shared = self._vocabularies.shared(sizes)
         if shared is None:
             return made
+        # Of local checkpoints, the plan has said so.
+        unread = [name for name in self._vocabularies.unread if not Path(name).is_dir()]
+        if unread and not self._said:
+            self._said = True
+            LOG.warning("%s has no tokenizer that could be read; rows are matched by index", unread[0])
         by_name = {self._names[load.model]: load for load in ordered}
         loads = [by_name[name] for name in self._vocabularies.ordered(sizes)]
         return replace(made, task=on_shared_rows(task, loads, shared), rows_kept=shared.kept)

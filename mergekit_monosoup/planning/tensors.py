@@ -10,12 +10,13 @@ from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor, bytes
 from mergekit_monosoup.checkpoint.layout import Weight
 from mergekit_monosoup.checkpoint.naming import gradient_positions, weight_names
 from mergekit_monosoup.checkpoint.storage import promoted_dtype, refused_storage, wide_tensors
-from mergekit_monosoup.checkpoint.vocabulary import SharedRows, Vocabularies, rows_kept
+from mergekit_monosoup.checkpoint.vocabulary import rows_kept
 from mergekit_monosoup.planning.architecture import Architecture
 from mergekit_monosoup.planning.catalogue import Method
 from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source
 from mergekit_monosoup.planning.problems import Problems
 from mergekit_monosoup.planning.recipe import Recipe
+from mergekit_monosoup.planning.rows import PlannedRows, merged_shape
 from mergekit_monosoup.planning.settings import resolve
 from mergekit_monosoup.spectral.matrix import MatrixView, choose_view
 
@@ -37,12 +38,11 @@ class TensorPlanner:
         self.architecture = architecture
         self.problems = problems
         self.truncate_embeddings = truncate_embeddings
-        self.vocabularies = Vocabularies(models)
+        self.rows = PlannedRows(recipe.data, models, problems, truncate=truncate_embeddings)
         self.wide = wide_tensors(models[0].tensors.values()) if models and method.ours else frozenset()
         self.planned: list[PlannedTensor] = []
         self.asked: dict[str, list[Weight]] = {}
         self.lacking = False
-        self._said_by_index = False
         self._by_class: dict[str, Mapping[str, str]] = {}
         self._used: dict[str, set[str]] = {}
 
@@ -201,32 +201,10 @@ class TensorPlanner:
         )
         return False
 
-    @property
-    def _by_row(self) -> bool:
-        """Whether rows of embeddings are matched without the recipe's help."""
-        data = self.recipe.data
-        return not (self.truncate_embeddings or data.get("tokenizer") or data.get("tokenizer_source"))
-
     @staticmethod
     def _layout(found: list[tuple[Source, StoredTensor]], part: OutputSlice) -> StoredTensor:
         """Return the tensor whose rows the output has: that of the first fine-tuned model."""
         return next((t for s, t in found if s.checkpoint is not part.base), found[0][1])
-
-    def _shared_rows(
-        self, out: Weight, found: list[tuple[Source, StoredTensor]], part: OutputSlice
-    ) -> SharedRows | None:
-        axis = out.vocabulary_axis
-        if axis is None or not self._by_row or not all(len(t.shape) > axis for _, t in found):
-            return None
-        rows = self.vocabularies.shared({s.checkpoint.name: t.shape[axis] for s, t in found})
-        unread = self.vocabularies.unread
-        if rows is not None and unread and not self._said_by_index:
-            self._said_by_index = True
-            self.problems.warning(
-                f"vocabularies differ in size and {unread[0]} has no tokenizer that could be read; rows of "
-                "embeddings are matched by index"
-            )
-        return rows
 
     def _shape(
         self, out: Weight, found: list[tuple[Source, StoredTensor]], part: OutputSlice
@@ -244,7 +222,7 @@ class TensorPlanner:
         if self.truncate_embeddings:
             return min(shapes, key=lambda shape: shape[axis])
         data = self.recipe.data
-        if self._by_row:
+        if self.rows.by_row:
             return self._layout(found, part).shape
         based = [stored.shape for source, stored in found if source.checkpoint is part.base]
         source_of = data.get("tokenizer") or {}
@@ -272,10 +250,10 @@ class TensorPlanner:
         dtype = str(forced or data.get("out_dtype") or loaded or promoted_dtype(dtypes))
         dtype = dtype.removeprefix("torch.")
         action, why = self._action(out, found, part, blocks, t, shape)
-        rows = self._shared_rows(out, found, part)
+        rows = self.rows.shared(out.vocabulary_axis, found)
         if rows is not None and rows.kept:
             why = "; ".join(filter(None, (why, rows_kept(rows.kept))))
-        merged = _with_rows(shape, out.vocabulary_axis, rows)
+        merged = merged_shape(shape, out.vocabulary_axis, rows)
         if action == "copied" and not all(s.is_floating for _, s in found):
             dtype = found[0][1].dtype
         view = self._view(out.name, merged, blocks, t) if action == "edited" else None
@@ -332,13 +310,6 @@ class TensorPlanner:
         self, name: str, shape: tuple[int, ...], blocks: list[Mapping[str, Any] | None], t: float
     ) -> MatrixView:
         return choose_view(shape, name, resolve("matrix", blocks, name, t) or "auto")
-
-
-def _with_rows(shape: tuple[int, ...], axis: int | None, rows: SharedRows | None) -> tuple[int, ...]:
-    """Return the shape that the merge method sees."""
-    if rows is None or axis is None:
-        return shape
-    return (*shape[:axis], len(rows.into), *shape[axis + 1 :])
 
 
 def _is_false(value: Any) -> bool:
