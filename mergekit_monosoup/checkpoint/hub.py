@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_monosoup.checkpoint.headers import DTYPES, Checkpoint, StoredTensor, read_folder
+from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor, read_config, read_folder
+from mergekit_monosoup.checkpoint.safetensors_file import MOST_TENSORS, checked_entries
 from mergekit_monosoup.errors import InputError
 from mergekit_monosoup.report.inputs import cached_revision
 
@@ -37,7 +37,7 @@ def read_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
         if cached is not None:
             return cached
         file = huggingface_hub.hf_hub_download(repo, "config.json", revision=revision)
-        config = json.loads(Path(file).read_text("utf-8"))
+        config = read_config(Path(file).parent)
         commit = cached_revision(Path(file).parent)
         try:
             metadata = huggingface_hub.HfApi().get_safetensors_metadata(repo, revision=commit or revision)
@@ -72,11 +72,22 @@ def read_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
 
 
 def _tensors(metadata: Any) -> dict[str, StoredTensor]:
-    return {
-        key: StoredTensor(key, tuple(entry.shape), DTYPES.get(entry.dtype, (entry.dtype.lower(), 0))[0], file)
-        for file, header in metadata.files_metadata.items()
-        for key, entry in header.tensors.items()
-    }
+    """Hold the headers to what the format promises, as those of local files are.
+
+    Raises:
+        InputError: they do not keep it.
+    """
+    if sum(len(header.tensors) for header in metadata.files_metadata.values()) > MOST_TENSORS:
+        raise InputError(f"the model holds more than {MOST_TENSORS:,} tensors, which are not read")
+    tensors = {}
+    for file, header in metadata.files_metadata.items():
+        stored = {
+            name: {"shape": entry.shape, "dtype": entry.dtype, "data_offsets": list(entry.data_offsets)}
+            for name, entry in header.tensors.items()
+        }
+        for name, checked in checked_entries(stored, file)[0].items():
+            tensors[name] = StoredTensor(name, checked.shape, checked.dtype, file)
+    return tensors
 
 
 def _cached(name: str, repo: str, revision: str | None) -> Checkpoint | None:

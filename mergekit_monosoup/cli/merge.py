@@ -34,13 +34,14 @@ def merge(
     succeeded.
     """
     from mergekit_monosoup.merging.run import merge_to_folder
+    from mergekit_monosoup.planning.plain_yaml import read_text
     from mergekit_monosoup.registry import register
 
     merge_options.apply_global_options()
     with reported_errors():
         register()
         merge_to_folder(
-            config_file.read_text("utf-8"),
+            read_text(config_file),
             out_path,
             merge_options,
             overwrite=overwrite,

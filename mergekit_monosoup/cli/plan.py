@@ -41,11 +41,12 @@ def plan(
     """
     # Before numpy is imported: the calibration runs on one core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mergekit_monosoup.planning.plain_yaml import read_text
     from mergekit_monosoup.planning.plan import PlanOptions, make_plan
 
     with reported_errors():
         options = PlanOptions(out=out, overwrite=overwrite, allow_crimes=allow_crimes)
-        found = make_plan(config_file.read_text("utf-8"), options)
+        found = make_plan(read_text(config_file), options)
         if not force_base:
             for message in found.base_messages:
                 found.problems.warning(message)

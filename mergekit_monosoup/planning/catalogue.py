@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from mergekit_monosoup.planning.problems import short
 from mergekit_monosoup.report.versions import installed_version
 
 _KINDS: dict[str, TypeAdapter[Any]] = {
@@ -40,7 +41,7 @@ class Parameter(BaseModel, frozen=True, extra="forbid"):
 
     def refuse(self, value: Any) -> str | None:
         """Return why one scalar is not a value of this parameter, None where it is."""
-        message = f"parameter {self.name!r} is {value!r}; it must be {self.allowed}"
+        message = f"parameter {self.name!r} is {short(value)}; it must be {self.allowed}"
         if self.choices:
             return None if value in self.choices else message
         # pydantic reads true as 1.0; our methods refuse it, and `finite` marks theirs.

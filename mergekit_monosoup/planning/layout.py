@@ -18,7 +18,7 @@ from mergekit_monosoup.planning.architecture import (
 from mergekit_monosoup.planning.catalogue import Method
 from mergekit_monosoup.planning.models import parse_reference
 from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source
-from mergekit_monosoup.planning.problems import Problems, nearest
+from mergekit_monosoup.planning.problems import Problems, nearest, short
 from mergekit_monosoup.planning.recipe import Recipe, model_uses
 from mergekit_monosoup.planning.tensors import TensorPlanner
 
@@ -174,7 +174,7 @@ def _plan_modules(
     for name, definition in modules.items():
         if name not in architecture.modules:
             problems.error(
-                f"{architecture.name} has no module {name!r}{nearest(name, architecture.modules)}",
+                f"{architecture.name} has no module {short(name)}{nearest(name, architecture.modules)}",
                 recipe.line("modules", name),
             )
             continue

@@ -16,7 +16,7 @@ from mergekit_monosoup.planning.layout import plan_tensors
 from mergekit_monosoup.planning.models import parse_reference, read_models
 from mergekit_monosoup.planning.output import check_output
 from mergekit_monosoup.planning.planned import PlannedTensor
-from mergekit_monosoup.planning.problems import Problems, nearest
+from mergekit_monosoup.planning.problems import Problems, nearest, short
 from mergekit_monosoup.planning.recipe import Recipe, check_shape, model_uses, read_recipe
 from mergekit_monosoup.planning.settings import check_filters, check_parameters
 
@@ -108,7 +108,9 @@ def _method(recipe: Recipe, problems: Problems) -> Method | None:
         return None
     method, known = find_method(name)
     if method is None:
-        problems.error(f"unknown merge method {name!r}{nearest(name, known)}", recipe.line("merge_method"))
+        problems.error(
+            f"unknown merge method {short(name)}{nearest(name, known)}", recipe.line("merge_method")
+        )
     return method
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
+
+# Nothing that is longer is a slip of a known name.
+_LONGEST_WORD = 60
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def _by_line(problem: Problem) -> int:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?`, or the list of what is known where nothing is near."""
-    names = sorted(known)
+    names, word = sorted(known), word[:_LONGEST_WORD]
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if not close:
         folded = {name.lower().replace("-", "_"): name for name in names}
@@ -69,3 +73,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known are {', '.join(names)}" if names else ""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlong = 40
+
+
+def short(value: object) -> str:
+    """Return a value as a message shows it: like `repr`, cut where it is long."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
+        return "a number of more than 40 digits"
+    return _SHORT.repr(value)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_monosoup.planning.catalogue import Method, Parameter
-from mergekit_monosoup.planning.problems import Problems, nearest
+from mergekit_monosoup.planning.problems import Problems, nearest, short
 from mergekit_monosoup.planning.recipe import CONDITION_KEYS, Path, Recipe, parameter_blocks
 
 
@@ -24,7 +24,7 @@ def check_parameters(recipe: Recipe, method: Method, problems: Problems) -> None
             parameter = method.parameters.get(str(name))
             if parameter is None:
                 hint = nearest(str(name), method.parameters)
-                message = f"merge method {method.name!r} has no parameter {name!r}{hint}"
+                message = f"merge method {method.name!r} has no parameter {short(name)}{hint}"
                 problems.error(message, recipe.line(*where))
                 continue
             given.add(parameter.name)
@@ -56,8 +56,8 @@ def _check_setting(
                 _check_condition(recipe, where, parameter, item, problems)
             else:
                 problems.error(
-                    f"parameter {parameter.name!r} mixes values with filters; write `- value: {item}` for "
-                    "all other tensors",
+                    f"parameter {parameter.name!r} mixes values with filters; write "
+                    f"`- value: {short(item)}` for all other tensors",
                     recipe.line(*where),
                 )
     elif isinstance(setting, list):
@@ -75,7 +75,8 @@ def _check_condition(
     for key in condition:
         if key not in CONDITION_KEYS:
             problems.error(
-                f"unknown key {key!r} in parameter {parameter.name!r}{nearest(str(key), CONDITION_KEYS)}",
+                f"unknown key {short(key)} in parameter {parameter.name!r}"
+                + nearest(str(key), CONDITION_KEYS),
                 recipe.line(*path, str(key)),
             )
     if "value" not in condition:
@@ -90,7 +91,7 @@ def _check_scalar(recipe: Recipe, path: Path, parameter: Parameter, value: Any, 
     if value is None:
         message = f"parameter {parameter.name!r} has no value; leave it out to use its default"
     elif not isinstance(value, (bool, int, float, str)):
-        message = f"parameter {parameter.name!r} is {value!r}; it must be {parameter.allowed}"
+        message = f"parameter {parameter.name!r} is {short(value)}; it must be {parameter.allowed}"
     else:
         message = parameter.refuse(value) or ""
     if message:
@@ -107,7 +108,7 @@ def check_filters(recipe: Recipe, tensors: Sequence[str], problems: Problems) ->
                 if isinstance(text, str) and text != "*" and not any(text in t for t in tensors):
                     where = (*path, str(name), index) if isinstance(setting, list) else (*path, str(name))
                     problems.warning(
-                        f"filter {text!r} of parameter {name!r} matches no tensor of the output",
+                        f"filter {short(text)} of parameter {name!r} matches no tensor of the output",
                         recipe.line(*where),
                     )
 
