@@ -189,7 +189,7 @@ def _read_tensors(source: str, folder: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise AdapterError(f"adapter {source}: {SAFETENSORS_WEIGHTS_NAME} is damaged: {error}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise AdapterError(f"adapter {source}: {unreadable_pickle(folder / WEIGHTS_NAME, error)}") from error
+        raise AdapterError(str(unreadable_pickle(folder / WEIGHTS_NAME, error))) from error
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise AdapterError(f"adapter {source}: {key} is no tensor")

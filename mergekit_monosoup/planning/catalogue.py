@@ -83,14 +83,13 @@ def parse_catalogue(data: dict[str, Any]) -> dict[str, Method]:
     return methods
 
 
-def find_method(name: str) -> tuple[Method | None, tuple[str, ...]]:
-    """Return a method and the names of all methods; None where there is no such method."""
+def read_methods(name: str) -> dict[str, Method]:
+    """Return all methods by name, as the catalogue has them or, where `name` is not in it, the registry."""
     data = json.loads(resources.files(__package__).joinpath("catalogue.json").read_text("utf-8"))
     if data["mergekit"] == installed_version("mergekit"):
         methods = parse_catalogue(data)
         if name in methods:
-            return methods[name], tuple(methods)
+            return methods
     from mergekit_monosoup.planning.catalogue_source import described
 
-    methods = parse_catalogue(described())
-    return methods.get(name), tuple(methods)
+    return parse_catalogue(described())

@@ -10,7 +10,7 @@ from typing import Any
 from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.checkpoint.lineage import can_check, check_base
 from mergekit_monosoup.errors import ConfigurationError
-from mergekit_monosoup.planning.catalogue import Method, find_method
+from mergekit_monosoup.planning.catalogue import Method, read_methods
 from mergekit_monosoup.planning.estimate import Estimate, calibrate, estimate, free_bytes
 from mergekit_monosoup.planning.layout import plan_tensors
 from mergekit_monosoup.planning.models import parse_reference, read_models
@@ -71,9 +71,10 @@ def make_plan(text: str, options: PlanOptions | None = None) -> Plan:
     problems = Problems()
     recipe = read_recipe(text, problems)
     check_shape(recipe, problems)
-    method = _method(recipe, problems)
+    methods = read_methods(str(recipe.data.get("merge_method")))
+    method = _method(recipe, methods, problems)
     if method is not None:
-        check_parameters(recipe, method, problems)
+        check_parameters(recipe, method, methods, problems)
     models: dict[str, Checkpoint] = {}
     tensors: list[PlannedTensor] = []
     messages: list[str] = []
@@ -102,14 +103,14 @@ def make_plan(text: str, options: PlanOptions | None = None) -> Plan:
     return Plan(problems, method, models, tensors, cost, free, messages)
 
 
-def _method(recipe: Recipe, problems: Problems) -> Method | None:
+def _method(recipe: Recipe, methods: Mapping[str, Method], problems: Problems) -> Method | None:
     name = recipe.data.get("merge_method")
     if not isinstance(name, str):
         return None
-    method, known = find_method(name)
+    method = methods.get(name)
     if method is None:
         problems.error(
-            f"unknown merge method {short(name)}{nearest(name, known)}", recipe.line("merge_method")
+            f"unknown merge method {short(name)}{nearest(name, methods)}", recipe.line("merge_method")
         )
     return method
 

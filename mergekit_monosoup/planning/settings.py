@@ -7,11 +7,20 @@ from typing import Any
 
 from mergekit_monosoup.planning.catalogue import Method, Parameter
 from mergekit_monosoup.planning.problems import Problems, nearest, short
-from mergekit_monosoup.planning.recipe import CONDITION_KEYS, Path, Recipe, parameter_blocks
+from mergekit_monosoup.planning.recipe import CONDITION_KEYS, TOP_KEYS, Path, Recipe, parameter_blocks
+
+# In recipes that people share, but of earlier releases of mergekit, or of another place in a recipe.
+_SHARED = frozenset({"consensus_method", "embed_slerp", "majority_sign_method", "random_seed", *TOP_KEYS})
 
 
-def check_parameters(recipe: Recipe, method: Method, problems: Problems) -> None:
-    """Note parameters that the method does not have, that it would not see, or of a wrong value."""
+def check_parameters(
+    recipe: Recipe, method: Method, methods: Mapping[str, Method], problems: Problems
+) -> None:
+    """Note parameters that the method does not have, that it would not see, or of a wrong value.
+
+    What another method knows is left over from another recipe and does no harm: mergekit ignores it. What
+    nobody knows, or what looks like a slip, is an error for our methods.
+    """
     given: set[str] = set()
     for path, block, of_model in parameter_blocks(recipe):
         if block is None:
@@ -23,9 +32,16 @@ def check_parameters(recipe: Recipe, method: Method, problems: Problems) -> None
             where = (*path, str(name))
             parameter = method.parameters.get(str(name))
             if parameter is None:
-                hint = nearest(str(name), method.parameters)
-                message = f"merge method {method.name!r} has no parameter {short(name)}{hint}"
-                problems.error(message, recipe.line(*where))
+                message = f"merge method {method.name!r} has no parameter {short(name)}"
+                if name in _SHARED or any(name in other.parameters for other in methods.values()):
+                    problems.warning(f"{message}, which is ignored", recipe.line(*where))
+                elif method.ours:
+                    problems.error(message + nearest(str(name), method.parameters), recipe.line(*where))
+                else:
+                    problems.warning(
+                        f"{message}, which is ignored{nearest(str(name), method.parameters)}",
+                        recipe.line(*where),
+                    )
                 continue
             given.add(parameter.name)
             if of_model and parameter.scope == "shared":

@@ -37,6 +37,7 @@ class TensorPlanner:
         self.planned: list[PlannedTensor] = []
         self.asked: dict[str, list[Weight]] = {}
         self.lacking = False
+        self.misshapen = ""
         self._used: dict[str, set[str]] = {}
 
     def plan_module(
@@ -156,15 +157,13 @@ class TensorPlanner:
             if lacking is not part.base and bases:
                 return True
         if not out.optional and _converted(lacking, out):
-            self.problems.warning(
-                f"tensor {out.name} of {lacking.name} is converted as it is loaded; its shape is not checked"
-            )
+            message = f"converted as {lacking.name} is loaded, so shapes are not checked"
+            self.problems.about(out.name, message, severity="warning")
             return bool(found)
         self.lacking = True
         role = " (the base)" if lacking is part.base else ""
-        self.problems.error(
-            f"tensor {out.name} is missing in {lacking.name}{role}; use checkpoints of the same architecture",
-            part.line,
+        self.problems.about(
+            out.name, f"missing in {lacking.name}{role}; use checkpoints of the same architecture", part.line
         )
         return False
 
@@ -179,7 +178,10 @@ class TensorPlanner:
         listed = ", ".join(f"{source.checkpoint.name} {list(stored.shape)}" for source, stored in found)
         rest = {shape[:axis] + shape[axis + 1 :] for shape in shapes} if axis is not None else shapes
         if axis is None or len(rest) > 1:
-            self.problems.error(f"tensor {out.name} has different shapes: {listed}", part.line)
+            # Those of the first stand for all.
+            self.misshapen = self.misshapen or listed
+            message = f"different shapes ({self.misshapen}); use checkpoints of the same architecture"
+            self.problems.about(out.name, message, part.line)
             return None
         if self.truncate_embeddings:
             return min(shapes, key=lambda shape: shape[axis])
