@@ -16,11 +16,12 @@ from mergekit_monosoup.checkpoint.headers import (
     read_index,
     read_safetensors_header,
 )
+from mergekit_monosoup.checkpoint.output import PARTIAL
 from mergekit_monosoup.errors import InputError, MonoSoupError, NonFiniteError
-from mergekit_monosoup.planning.output import STAGING
+from mergekit_monosoup.merging.folder import LEFTOVERS
 
 # What a merge, an editor or the Hub's client leaves beside a model.
-IGNORED = (f"{STAGING}/**", ".cache/**", "**/__pycache__/**", "*.tmp", ".DS_Store", "**/.DS_Store")
+IGNORED = (*LEFTOVERS, ".cache/**", "**/__pycache__/**", "*.tmp", ".DS_Store", "**/.DS_Store")
 
 _TRANSPORTS = (("httpx", "TransportError"), ("httpx2", "TransportError"), ("requests", "ConnectionError"))
 
@@ -52,8 +53,8 @@ def check_folder(folder: Path, seen: Callable[[str, int], None] = lambda name, s
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; name the output of a merge")
-    if (folder / STAGING).exists():
-        raise InputError(f"{folder} holds an unfinished merge ({STAGING}); run the merge again")
+    if folder.name.endswith(PARTIAL):
+        raise InputError(f"{folder} is an unfinished merge; go on with it by --resume")
     checkpoint = read_folder(str(folder), folder)
     _check_config(folder)
     _check_stray(folder, {tensor.file for tensor in checkpoint.tensors.values()})

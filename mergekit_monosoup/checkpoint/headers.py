@@ -26,6 +26,7 @@ __all__ = [
     "bytes_per_entry",
     "header_of",
     "is_local",
+    "load_pickle",
     "read_config",
     "read_folder",
     "read_index",
@@ -66,6 +67,8 @@ class Checkpoint:
     folder: Path | None = None
     revision: str | None = None
     adapter: str | None = None
+    touched: frozenset[str] | None = None
+    """Tensors that the adapter changes; None where there is none, or that is not known."""
     shapes_known: bool = True
     notes: tuple[str, ...] = field(default=())
 
@@ -130,19 +133,37 @@ def _pickled(folder: Path) -> dict[str, StoredTensor]:
 
 def _read_pickle(file: Path) -> dict[str, StoredTensor]:
     # Shapes of pickled weights cannot be had without torch; this is the slow way, and a rare one.
-    import torch
-
-    try:
-        state = torch.load(file, map_location="meta", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError, LookupError) as error:
-        raise unreadable_pickle(file, error) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{file} holds other things than tensors; save the weights alone, as safetensors")
     return {
         key: StoredTensor(key, tuple(value.shape), str(value.dtype).removeprefix("torch."), file.name)
-        for key, value in state.items()
+        for key, value in load_pickle(file, map_location="meta").items()
     }
+
+
+def load_pickle(file: Path, map_location: str = "cpu") -> dict[str, Any]:
+    """Return the tensors of a pickled file, mapped from the disk where its format allows it.
+
+    Raises:
+        InputError: it holds code or other things than tensors, or is damaged.
+    """
+    import torch
+
+    state: Any = None
+    for mapped in (True, False):
+        try:
+            state = torch.load(file, map_location=map_location, weights_only=True, mmap=mapped)
+            break
+        except RuntimeError as error:
+            # Files in the format before torch 1.6 cannot be mapped.
+            if not mapped or "mmap" not in str(error):
+                raise unreadable_pickle(file, error) from error
+        except (pickle.UnpicklingError, OSError, ValueError, EOFError, LookupError) as error:
+            raise unreadable_pickle(file, error) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
+        raise InputError(f"{file} holds other things than tensors; save the weights alone, as safetensors")
+    return state
 
 
 def unreadable_pickle(file: Path, error: Exception) -> InputError:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mergekit_monosoup.checkpoint.adapter_folder import CONFIG, PICKLE, WEIGHTS
 from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor, read_config, read_folder
 from mergekit_monosoup.checkpoint.safetensors_file import MOST_TENSORS, checked_entries
 from mergekit_monosoup.errors import InputError
@@ -19,20 +22,9 @@ def read_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
         InputError: no such repository or revision, no access, or no connection.
     """
     import huggingface_hub
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        NotASafetensorsRepoError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-        SafetensorsParsingError,
-    )
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
-    try:
+    with _said(name, revision, "config.json", "a transformers model"):
         cached = _cached(name, repo, revision)
         if cached is not None:
             return cached
@@ -44,6 +36,46 @@ def read_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
         except NotASafetensorsRepoError:
             note = f"{name} has no safetensors files; shapes are unknown until the download"
             return Checkpoint(name, config, {}, None, commit, shapes_known=False, notes=(note,))
+    return Checkpoint(name, config, _tensors(metadata), None, commit)
+
+
+def cached_adapter(name: str) -> Path | None:
+    """Return the folder of a Hub adapter in the local cache, None where its weights are not there.
+
+    Downloads its configuration and nothing else.
+
+    Args:
+        name: its id, or id@revision.
+
+    Raises:
+        InputError: no such repository or revision, no access, or no connection.
+    """
+    import huggingface_hub
+
+    repo, _, revision = name.partition("@")
+    with _said(name, revision or None, CONFIG, "a PEFT adapter"):
+        file = huggingface_hub.hf_hub_download(repo, CONFIG, revision=revision or None)
+    folder = Path(file).parent
+    return folder if any((folder / weights).is_file() for weights in (WEIGHTS, PICKLE)) else None
+
+
+@contextmanager
+def _said(name: str, revision: str | None, file: str, what: str) -> Iterator[None]:
+    """Say in our words what the Hub's client raises."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        SafetensorsParsingError,
+    )
+
+    try:
+        yield
     except GatedRepoError as error:
         raise InputError(
             f"model {name} is gated; accept its terms on the Hub and log in with `hf auth login`"
@@ -61,14 +93,11 @@ def read_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
             "check the path, or go online"
         ) from error
     except EntryNotFoundError as error:
-        raise InputError(
-            f"model {name} has no config.json on the Hub; is it a transformers model?"
-        ) from error
+        raise InputError(f"model {name} has no {file} on the Hub; is it {what}?") from error
     except HFValidationError as error:
         raise InputError(f"model {name} is neither a folder here nor a valid Hub id") from error
     except (HfHubHTTPError, SafetensorsParsingError, ValueError) as error:
         raise InputError(f"the Hub's answer about model {name} cannot be used: {error}") from error
-    return Checkpoint(name, config, _tensors(metadata), None, commit)
 
 
 def _tensors(metadata: Any) -> dict[str, StoredTensor]:

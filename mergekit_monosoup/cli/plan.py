@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), help="Output folder to check as well.")
 @click.option("--overwrite", is_flag=True, help="The output folder may hold something already.")
 @click.option("--allow-crimes", is_flag=True, help="Allow models of different architectures.")
-@click.option("--force-base", is_flag=True, help="Do not warn of a base that may not be one.")
+@click.option("--force-base", is_flag=True, help="Plan although the base may be none.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.pass_context
 def plan(
@@ -45,11 +45,8 @@ def plan(
     from mergekit_monosoup.planning.plan import PlanOptions, make_plan
 
     with reported_errors():
-        options = PlanOptions(out=out, overwrite=overwrite, allow_crimes=allow_crimes)
+        options = PlanOptions(out=out, overwrite=overwrite, allow_crimes=allow_crimes, force_base=force_base)
         found = make_plan(read_text(config_file), options)
-        if not force_base:
-            for message in found.base_messages:
-                found.problems.warning(message)
     click.echo(json.dumps(_as_json(found), indent=2) if as_json else _as_text(found, config_file))
     if found.problems.errors:
         ctx.exit(1)
@@ -90,7 +87,7 @@ def _totals(found: Plan) -> dict[str, dict[str, int]]:
 
 
 def _as_text(found: Plan, config_file: Path) -> str:
-    from mergekit_monosoup.planning.output import gigabytes
+    from mergekit_monosoup.checkpoint.output import gigabytes
     from mergekit_monosoup.report.table import text_table
 
     parts = []

@@ -41,8 +41,8 @@ def push(
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
     log = logging.getLogger(__name__)
     from mergekit_monosoup.checkpoint.headers import read_folder
+    from mergekit_monosoup.checkpoint.output import gigabytes
     from mergekit_monosoup.merging.progress import progress
-    from mergekit_monosoup.planning.output import gigabytes
     from mergekit_monosoup.publishing import check_folder, upload
 
     with reported_errors():

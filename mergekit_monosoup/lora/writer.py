@@ -15,6 +15,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
+from mergekit_monosoup.checkpoint.output import occupied
 from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.lora.adapter import COMPANIONS, Adapter
 from mergekit_monosoup.lora.editing import AdapterOptions, EditedAdapter, ModuleRecord
@@ -63,12 +64,9 @@ def write_adapter(
 
 def refuse_occupied(out: Path, overwrite: bool) -> None:
     """Refuse an output folder that holds something, unless it may be replaced."""
-    if out.exists() and not out.is_dir():
-        raise ConfigurationError(f"output {out} is not a folder")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise ConfigurationError(
-            f"output folder {out} is not empty; choose another one, or pass --overwrite to replace it"
-        )
+    message = occupied(out, overwrite=overwrite)
+    if message is not None:
+        raise ConfigurationError(message)
 
 
 def _dump(path: Path, value: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import queue
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -72,6 +72,9 @@ def run_units(
                 torch.manual_seed(options.random_seed ^ zlib.crc32(unit.name.encode()))
             tensor = compute(unit, planned, values, math_device=device, storage_device=storage or "cpu")
             del values
+            # A disk that is full stops the merge here, not at its end.
+            if written and written[-1].done():
+                written[-1].result()
             written.append(writer.submit(store, unit, tensor))
 
     def store(unit: Unit, tensor: Tensor) -> None:
@@ -86,12 +89,14 @@ def run_units(
         ThreadPoolExecutor(1, "monosoup-write") as writer,
         ThreadPoolExecutor(workers, "monosoup-compute", prepare) as computing,
     ):
-        done, _ = wait([computing.submit(work, i) for i in range(workers)], return_when=FIRST_EXCEPTION)
-        if any(worker.exception() for worker in done):
+        try:
+            for worker in as_completed([computing.submit(work, i) for i in range(workers)]):
+                worker.result()
+        except BaseException:
+            # Also when the user interrupts: the other threads end with the units they have.
             ahead.stop()
             room.open()
-        for worker in done:
-            worker.result()
+            raise
     for part in written:
         part.result()
 

@@ -82,7 +82,8 @@ def plan_units(
         tokenizer[1] if tokenizer else None,
     )
     ours = isinstance(merge_methods.get(config.merge_method), UpdateMethod)
-    units = []
+    # By name: some definitions list a tensor under two modules, and the last one counts.
+    units: dict[str, Unit] = {}
     for entry in planned:
         task = entry.task
         like = shapes.of(task)
@@ -96,8 +97,8 @@ def plan_units(
             if ours:
                 task = host.with_parameters(task, **{MERGE: merge})
                 dtype = DEQUANTISED if dtype in FLOAT8 else dtype
-        units.append(Unit(entry.name, task, tuple(like.shape), dtype, passed_on))
-    return PlannedUnits(tuple(units), tokenizer)
+        units[entry.name] = Unit(entry.name, task, tuple(like.shape), dtype, passed_on)
+    return PlannedUnits(tuple(units.values()), tokenizer)
 
 
 def stored_shapes(model: ModelReference) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -167,7 +167,8 @@ def _plan_modules(
             return
         for name in architecture.modules:
             parts = _slices(recipe, recipe.data, (), models, architecture.modules[name], problems)
-            _check_depth(recipe, [part for part, _ in parts], problems)
+            if not problems.errors:
+                _check_depth(recipe, [part for part, _ in parts], problems)
             if not problems.errors:
                 planner.plan_module(name, [part for part, _ in parts], None)
         return
@@ -214,13 +215,16 @@ def _slices(
         own = output.get("base_model")
         slice_base = models.get(str(parse_reference(own))) if own is not None else base
         sources = []
+        beyond: dict[tuple[int, int], str] = {}
         for entry in output["sources"]:
             checkpoint = models[str(parse_reference(entry["model"]))]
             first, end = entry["layer_range"]
             layers = module.layers(checkpoint) if module is not None else end
             if end > layers:
-                problems.error(f"layer_range [{first}, {end}) of {checkpoint.name}, which has {layers}", line)
+                beyond.setdefault((end, layers), f"layer_range [{first}, {end}) of {checkpoint.name}")
             sources.append(Source(checkpoint, first, end, entry.get("parameters")))
+        for (_, layers), text in beyond.items():
+            problems.error(f"{text}, which has {layers} layers", line)
         if slice_base is not None and all(source.checkpoint is not slice_base for source in sources):
             problems.error(
                 f"base_model {slice_base.name} is not among the sources of this slice; list it there with "

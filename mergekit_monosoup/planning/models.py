@@ -11,10 +11,15 @@ from typing import Any
 from mergekit_monosoup.checkpoint.headers import Checkpoint, is_local, read_folder
 from mergekit_monosoup.checkpoint.hub import read_hub
 from mergekit_monosoup.errors import ConfigurationError, InputError
+from mergekit_monosoup.planning.adapters import touched_tensors
 from mergekit_monosoup.planning.problems import Problems, short
 from mergekit_monosoup.planning.recipe import Recipe, model_uses
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+_ADDRESS = re.compile(
+    r"(https?|hf)://(([\w.-]*\.)?(huggingface\.co|hf\.co|hf-mirror\.com)/(models/)?)?", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,14 @@ def parse_reference(value: Any) -> Reference:
             return replace(parse_reference(parts[0]), adapter=parts[1], override=override)
     if not isinstance(value, str) or not value:
         raise ConfigurationError(f"{short(value)} does not name a model; write a folder or a Hub id")
+    if address := _ADDRESS.match(value):
+        parts = [part for part in re.split(r"[/?#]", value[address.end() :]) if part]
+        revision = parts[3] if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve", "commit") else None
+        known = "/".join(parts[:2]) + (f"@{revision}" if revision else "")
+        raise ConfigurationError(
+            f"{short(value)} is an address; write the id of the model"
+            + (f": {known}" if _HUB_ID.fullmatch("/".join(parts[:2])) else " (user/name)")
+        )
     parts = value.split("+")
     if len(parts) > 2 or any(part.count("@") > 1 for part in parts):
         raise ConfigurationError(f"model {short(value)} cannot be read; write path[@revision][+adapter]")
@@ -109,8 +122,9 @@ def read_model(reference: Reference) -> Checkpoint:
         config = {**checkpoint.config, "architectures": [reference.override]}
         checkpoint = replace(checkpoint, config=config)
     if reference.adapter:
-        checkpoint = replace(checkpoint, adapter=reference.adapter)
         _check_adapter(reference.adapter)
+        touched = touched_tensors(name, reference.adapter, checkpoint)
+        checkpoint = replace(checkpoint, adapter=reference.adapter, touched=touched)
     return checkpoint
 
 

@@ -11,6 +11,8 @@ from mergekit_monosoup.planning.recipe import CONDITION_KEYS, TOP_KEYS, Path, Re
 
 # In recipes that people share, but of earlier releases of mergekit, or of another place in a recipe.
 _SHARED = frozenset({"consensus_method", "embed_slerp", "majority_sign_method", "random_seed", *TOP_KEYS})
+# Of methods that decide once for the whole model.
+_ONE_VALUE = frozenset({"layers", "score", "threshold"})
 
 
 def check_parameters(
@@ -51,12 +53,49 @@ def check_parameters(
                 )
                 (problems.error if method.ours else problems.warning)(message, recipe.line(*where))
             _check_setting(recipe, where, parameter, setting, problems)
+    _check_single_values(recipe, method, problems)
     for name, parameter in method.parameters.items():
         if parameter.required and name not in given:
             problems.error(
                 f"merge method {method.name!r} needs the parameter {name!r}; add it under parameters:",
                 recipe.line("merge_method"),
             )
+
+
+def _check_single_values(recipe: Recipe, method: Method, problems: Problems) -> None:
+    """Note what a method that decides once for the whole model would find to differ between its tensors."""
+    if method.name != "sfgs":
+        return
+    scored: dict[str, bool] = {}
+    for path, block, of_model in parameter_blocks(recipe):
+        block = block if isinstance(block, dict) else {}
+        for name in _ONE_VALUE & block.keys():
+            if not _is_single(block[name]):
+                problems.error(
+                    f"parameter {name!r} is to be one value, without filter or gradient: the decision is "
+                    "taken once for the whole model",
+                    recipe.line(*path, name),
+                )
+        if of_model and "slices" not in path:
+            model = recipe.data["models"][path[1]].get("model") if path[0] == "models" else None
+            if model is not None and model != recipe.data.get("base_model"):
+                scored[str(model)] = block.get("score") is not None
+    if any(scored.values()) and not all(scored.values()):
+        missing = ", ".join(model for model, known in scored.items() if not known)
+        problems.error(
+            f"parameter 'score' is missing for {missing}; give every fine-tuned model a score, or none and "
+            "list them best first",
+            recipe.line("models"),
+        )
+
+
+def _is_single(setting: Any) -> bool:
+    values = setting if isinstance(setting, list) else [setting]
+    plain = [item.get("value") if isinstance(item, dict) else item for item in values]
+    everywhere = not isinstance(setting, (dict, list)) or any(
+        not isinstance(item, dict) or item.get("filter") in (None, "*") for item in values
+    )
+    return everywhere and all(not isinstance(v, list) and v == plain[0] for v in plain)
 
 
 def _check_setting(

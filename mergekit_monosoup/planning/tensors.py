@@ -8,7 +8,7 @@ from typing import Any
 
 from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor, bytes_per_entry
 from mergekit_monosoup.checkpoint.naming import gradient_positions, weight_names
-from mergekit_monosoup.checkpoint.storage import promoted_dtype, refused_storage
+from mergekit_monosoup.checkpoint.storage import promoted_dtype
 from mergekit_monosoup.planning.architecture import Architecture, Weight
 from mergekit_monosoup.planning.catalogue import Method
 from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source
@@ -207,11 +207,6 @@ class TensorPlanner:
         shape: tuple[int, ...],
     ) -> None:
         data = self.recipe.data
-        for source, stored in found:
-            refusal = refused_storage(source.checkpoint, stored) if self.method.ours else None
-            if refusal is not None:
-                self.problems.error(refusal, part.line)
-                return
         dtypes = {stored.dtype for _, stored in found}
         loaded = out.force_dtype or data.get("dtype")
         dtype = str(out.force_dtype or data.get("out_dtype") or loaded or promoted_dtype(dtypes))
@@ -263,14 +258,22 @@ class TensorPlanner:
         why = f"unless its relative update is below {threshold:g}" if _is_positive(threshold) else ""
         energy = resolve("energy", blocks, out.name, t)
         rule = "effective rank" if energy is None else f"energy R = {float(energy):g}"
-        # What an adapter touches is told by its own files, and the merge's.
-        where = "where an adapter touches it" if all(s.checkpoint.adapter for s in tuned) else ""
+        where = ""
+        if all(source.checkpoint.adapter for source in tuned):
+            if not any(_touches(source, stored) for source, stored in found if source in tuned):
+                return rest, "no adapter touches it"
+            where = "where the adapter touches it" if any(s.checkpoint.touched is None for s in tuned) else ""
         return "edited", "; ".join(filter(None, (rule, where, why)))
 
     def _view(
         self, name: str, shape: tuple[int, ...], blocks: list[Mapping[str, Any] | None], t: float
     ) -> MatrixView:
         return choose_view(shape, name, resolve("matrix", blocks, name, t) or "auto")
+
+
+def _touches(source: Source, stored: StoredTensor) -> bool:
+    touched = source.checkpoint.touched
+    return touched is None or stored.name in touched
 
 
 def _is_false(value: Any) -> bool:

@@ -101,6 +101,9 @@ class TensorRecord(_Line):
         default=(), description="coarsest that hold the values exactly; base first"
     )
     seconds: Figure = None
+    sha256: str | None = Field(
+        default=None, description="of the tensor's bytes as written; null where no file was written"
+    )
     figures: dict[str, Figure] = Field(default_factory=dict, description="of the method's own")
     spectrum: SpectrumCurve | None = Field(default=None, description="written by `inspect`")
     sweep: dict[str, dict[str, Figure]] = Field(
