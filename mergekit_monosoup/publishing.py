@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mergekit_monosoup.checkpoint.adapter_folder import is_adapter
 from mergekit_monosoup.checkpoint.headers import (
     StoredTensor,
     read_folder,
@@ -18,6 +19,7 @@ from mergekit_monosoup.checkpoint.headers import (
 )
 from mergekit_monosoup.checkpoint.output import PARTIAL
 from mergekit_monosoup.errors import InputError, MonoSoupError, NonFiniteError
+from mergekit_monosoup.lora.publishable import check_adapter
 from mergekit_monosoup.merging.folder import LEFTOVERS
 
 # What a merge, an editor or the Hub's client leaves beside a model.
@@ -41,7 +43,7 @@ class CheckedFolder:
 
 
 def check_folder(folder: Path, seen: Callable[[str, int], None] = lambda name, size: None) -> CheckedFolder:
-    """Check that a model is whole: configuration, index, every tensor present and finite.
+    """Check that a model or adapter is whole: configuration, index, every tensor present and finite.
 
     Args:
         folder: of the model.
@@ -53,6 +55,8 @@ def check_folder(folder: Path, seen: Callable[[str, int], None] = lambda name, s
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; name the output of a merge")
+    if is_adapter(folder):
+        return _checked(folder, check_adapter(folder, seen).tensors.values())
     if folder.name.endswith(PARTIAL):
         raise InputError(f"{folder} is an unfinished merge; go on with it by --resume")
     checkpoint = read_folder(str(folder), folder)
@@ -67,10 +71,13 @@ def check_folder(folder: Path, seen: Callable[[str, int], None] = lambda name, s
         if not file.endswith(".safetensors"):
             raise InputError(f"{folder / file} is pickled; only safetensors files are uploaded: merge again")
         _check_values(folder / file, tensors, seen)
+    return _checked(folder, checkpoint.tensors.values())
+
+
+def _checked(folder: Path, tensors: Collection[StoredTensor]) -> CheckedFolder:
     files = _files(folder)
     size = sum((folder / name).stat().st_size for name in files)
-    parameters = sum(tensor.size for tensor in checkpoint.tensors.values())
-    return CheckedFolder(len(checkpoint.tensors), parameters, size, files)
+    return CheckedFolder(len(tensors), sum(tensor.size for tensor in tensors), size, files)
 
 
 def _files(folder: Path) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ from mergekit_monosoup.registry import stock
 from mergekit_monosoup.report.recorder import Recorder
 from mergekit_monosoup.report.rounding import sample
 from mergekit_monosoup.report.schema import TensorRecord
+from mergekit_monosoup.report.table import remark
 
 LOG = logging.getLogger(__name__)
 
@@ -204,8 +205,11 @@ class Run:
         tokenizer = self._units.tokenizer[1] if self._units.tokenizer else None
         host.finish_folder(self._config, self._arch, self._options, self._out_config, tokenizer, str(path))
         _drop_quantization_config(path / "config.json")
+        records = self._recorder.records if self._ours else []
+        note = remark(records)
+        if note is not None:
+            LOG.warning("%s", note)
         if self._options.write_model_card:
-            records = self._recorder.records if self._ours else []
             write_card(self._recipe, path, name, self._recorder.header, records, notes=self._journal.notes)
 
     def close(self) -> None:

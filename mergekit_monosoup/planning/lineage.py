@@ -5,19 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from mergekit_monosoup.checkpoint.card import declared_bases
 from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.checkpoint.lineage import can_check, copied, sampled_relations, unrelated
-from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.planning.catalogue import Method
 from mergekit_monosoup.planning.models import parse_reference
-from mergekit_monosoup.planning.plain_yaml import load_yaml
 from mergekit_monosoup.planning.problems import Problems
 from mergekit_monosoup.planning.recipe import Recipe
-
-# Front matter is a few lines; what follows may be long.
-_CARD_BYTES = 64_000
 
 
 def check_lineage(
@@ -67,26 +62,8 @@ def _names_as_base(child: Checkpoint, parent: Checkpoint) -> bool:
     """Say whether the card of one checkpoint names another as what it was fine-tuned from."""
     path = parse_reference(parent.name).path.rstrip("/").lower()
     last = Path(path).name
-    for declared in map(str.lower, _declared_bases(child)):
+    for declared in map(str.lower, declared_bases(child.folder) if child.folder is not None else ()):
         # Folders are mostly called like the model; `base` or `output` is no such name.
         if declared == path or (Path(declared).name == last and re.search(r"\d", last)):
             return True
     return False
-
-
-def _declared_bases(checkpoint: Checkpoint) -> list[str]:
-    """Return `base_model` of a card's front matter, empty where there is none."""
-    file = checkpoint.folder / "README.md" if checkpoint.folder is not None else None
-    if file is None or not file.is_file():
-        return []
-    with file.open("rb") as stream:
-        text = stream.read(_CARD_BYTES).decode("utf-8", "replace")
-    if not text.startswith("---"):
-        return []
-    try:
-        data: Any = load_yaml(text[3:].partition("\n---")[0])[1]
-    except ConfigurationError:
-        return []
-    declared = data.get("base_model") if isinstance(data, dict) else None
-    listed = declared if isinstance(declared, list) else [declared]
-    return [name for name in listed if isinstance(name, str) and name]
