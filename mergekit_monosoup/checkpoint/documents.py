@@ -13,6 +13,8 @@ _LARGEST_CONFIG = 16_000_000
 _LARGEST_INDEX = 100_000_000
 # No model of transformers has so many layers, and nothing is gained by counting on.
 MOST_LAYERS = 10_000
+# Of a path, on the file systems that are in use.
+_LONGEST_PART = 255
 # As transformers has them in nearly every configuration; whether a model can be built it says itself.
 _WHOLE_NUMBERS = frozenset(
     {
@@ -43,7 +45,7 @@ def read_json(file: Path, largest: int) -> Any:
     except RecursionError as error:
         raise InputError(f"{file} is nested too deep to be read; download it again") from error
     except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error}); download it again") from error
+        raise InputError(f"{file} is not valid JSON ({first_line(error)}); download it again") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -93,7 +95,8 @@ def _check_part(config: Mapping[str, Any], file: str, prefix: str) -> None:
         raise _wrong(file, f"{prefix}model_type", kind, "a text")
     names = config.get("architectures")
     if names is not None and not (
-        isinstance(names, list) and all(isinstance(name, str) and name.isprintable() for name in names)
+        isinstance(names, list)
+        and all(isinstance(name, str) and name.isprintable() and len(name) < _LONGEST_PART for name in names)
     ):
         raise _wrong(file, f"{prefix}architectures", names, "a list of names")
     quantised = config.get("quantization_config")
@@ -109,6 +112,12 @@ def shown(value: Any) -> str:
     """Return a value as a message shows it, cut where it is long."""
     text = ascii(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def first_line(error: Exception) -> str:
+    """Return what somebody else's error says, in a line that is not too long."""
+    text = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -136,6 +145,7 @@ def stays_inside(name: str) -> bool:
     return (
         bool(name)
         and name.isprintable()
+        and all(len(part.encode()) <= _LONGEST_PART for part in posix.parts)
         and not posix.is_absolute()
         and not windows.drive
         and not windows.root

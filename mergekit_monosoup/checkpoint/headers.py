@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergekit_monosoup.checkpoint.documents import read_config, read_index
+from mergekit_monosoup.checkpoint.documents import read_config, read_index, shown
 from mergekit_monosoup.checkpoint.safetensors_file import DTYPES, read_entries
 from mergekit_monosoup.errors import InputError
 
@@ -115,7 +115,7 @@ def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for key, shard in weight_map.items():
         if key not in headers[shard]:
-            raise InputError(f"tensor {key} is not in {folder / shard}, where {index.name} places it")
+            raise InputError(f"tensor {shown(key)} is not in {folder / shard}, where {index.name} places it")
         tensors[key] = headers[shard][key]
     return tensors
 

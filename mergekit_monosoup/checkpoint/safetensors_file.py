@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mergekit_monosoup.checkpoint.documents import shown
+from mergekit_monosoup.checkpoint.documents import first_line, shown
 from mergekit_monosoup.errors import InputError
 
 # safetensors' spelling -> (torch's spelling, bits)
@@ -39,6 +39,7 @@ DTYPES = {
 _LARGEST_HEADER = 100_000_000
 # Twice what the models with the most experts have in all.
 MOST_TENSORS = 500_000
+_LONGEST_NAME = 300
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _parsed(raw: bytes, file: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise InputError(f"{file} has a damaged header (nested without end); download it again") from error
     except ValueError as error:
-        raise InputError(f"{file} has a damaged header ({error}); download it again") from error
+        raise InputError(f"{file} has a damaged header ({first_line(error)}); download it again") from error
     if not isinstance(header, dict):
         _damaged(file, "it is no JSON object")
     return header
@@ -125,6 +126,8 @@ def checked_entries(header: Mapping[str, Any], file: Path | str) -> tuple[dict[s
             if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
                 _damaged(file, "__metadata__ is no mapping of texts")
             continue
+        if len(name) > _LONGEST_NAME:
+            _damaged(file, f"a name is {len(name)} characters long")
         if not name.isprintable():
             _damaged(file, f"the name {shown(name)} holds control characters")
         begin, end, entries[name] = _entry(name, entry, file)

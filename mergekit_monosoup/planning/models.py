@@ -17,6 +17,7 @@ from mergekit_monosoup.planning.recipe import Recipe, model_uses
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
+_LONGEST = 1000
 _ADDRESS = re.compile(
     r"(https?|hf)://(([\w.-]*\.)?(huggingface\.co|hf\.co|hf-mirror\.com)/(models/)?)?", re.I
 )
@@ -49,6 +50,9 @@ def parse_reference(value: Any) -> Reference:
             return replace(parse_reference(parts[0]), adapter=parts[1], override=override)
     if not isinstance(value, str) or not value:
         raise ConfigurationError(f"{short(value)} does not name a model; write a folder or a Hub id")
+    if len(value) > _LONGEST:
+        count = len(value)
+        raise ConfigurationError(f"a model's name is {count} characters long; write a folder or a Hub id")
     if address := _ADDRESS.match(value):
         parts = [part for part in re.split(r"[/?#]", value[address.end() :]) if part]
         revision = parts[3] if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve", "commit") else None

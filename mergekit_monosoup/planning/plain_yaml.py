@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml
 
+from mergekit_monosoup.checkpoint.documents import first_line
 from mergekit_monosoup.errors import ConfigurationError
 
 # A recipe with settings of its own for each of a thousand tensors stays well below these.
 _LONGEST = 1_000_000
-_MOST_NODES = 100_000
+_MOST_NODES = 50_000
 _DEEPEST = 50
 # Control characters, and halves of surrogate pairs: in no name of a file, and a terminal obeys some of them.
 _UNPRINTABLE = frozenset({"Cc", "Cs"})
@@ -34,6 +35,22 @@ def read_text(file: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
+class _Loader(yaml.SafeLoader):
+    """Stop at the first node too many: a parser in Python takes seconds for a million of them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Return the next node."""
+        self.nodes += 1
+        if self.nodes > _MOST_NODES:
+            raise _too_many(self.line + 1)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
+
+
 def load_yaml(text: str) -> tuple[yaml.Node | None, Any]:
     """Return the nodes of a YAML document and the data that they stand for.
 
@@ -44,8 +61,8 @@ def load_yaml(text: str) -> tuple[yaml.Node | None, Any]:
     """
     if len(text) > _LONGEST:
         raise ConfigurationError(f"the recipe is longer than {_LONGEST:,} characters; is it one?")
-    loader = yaml.SafeLoader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None, None
@@ -54,16 +71,14 @@ def load_yaml(text: str) -> tuple[yaml.Node | None, Any]:
     except yaml.MarkedYAMLError as error:
         raise ConfigurationError(_said(error)) from error
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"the recipe is not valid YAML: {_first_line(error)}") from error
+        raise ConfigurationError(f"the recipe is not valid YAML: {first_line(error)}") from error
     except RecursionError as error:
         raise _too_deep() from error
     # What PyYAML's constructors of numbers and dates raise for texts that only look like one.
     except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
         raise ConfigurationError(
-            f"the recipe holds a value that cannot be read ({_first_line(error)}); put texts in quotes"
+            f"the recipe holds a value that cannot be read ({first_line(error)}); put texts in quotes"
         ) from error
-    finally:
-        loader.dispose()
 
 
 def _measure(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> int:
@@ -84,10 +99,7 @@ def _measure(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> int:
         for child in (part for pair in node.value for part in pair) if pairs else node.value:
             size += _measure(child, sizes, depth + 1)
             if size > _MOST_NODES:
-                raise ConfigurationError(
-                    f"line {child.start_mark.line + 1}: the recipe has more than {_MOST_NODES:,} values once "
-                    "its aliases are written out; is it one?"
-                )
+                raise _too_many(child.start_mark.line + 1)
     sizes[id(node)] = size
     return size
 
@@ -102,6 +114,12 @@ def _refuse_unprintable(node: yaml.ScalarNode) -> None:
                 f"line {node.start_mark.line + 1}: a text holds the control character "
                 f"U+{ord(character):04X}; remove it"
             )
+
+
+def _too_many(line: int) -> ConfigurationError:
+    return ConfigurationError(
+        f"line {line}: the recipe has more than {_MOST_NODES:,} values, its aliases written out; is it one?"
+    )
 
 
 def _too_deep() -> ConfigurationError:
@@ -121,7 +139,3 @@ def _said(error: yaml.MarkedYAMLError) -> str:
         return f"{where}the tag {tag[:80]!r} asks for an object; a recipe holds plain values only"
     problem = " ".join(filter(None, (error.context, error.problem)))
     return f"{where}the recipe is not valid YAML: {' '.join(problem.split())[:200]}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -119,6 +119,8 @@ def check_shape(recipe: Recipe, problems: Problems) -> None:
     if isinstance(data.get("tokenizer"), dict):
         _check_keys(recipe, data["tokenizer"], ("tokenizer",), TOKENIZER_KEYS, problems)
     _check_outputs(recipe, data, (), problems)
+    if not isinstance(data.get("modules"), (dict, type(None))):
+        problems.error("modules must be a mapping of module names", recipe.line("modules"))
     for name, module in _mapping(data.get("modules")).items():
         path = ("modules", name)
         if _check_keys(recipe, module, path, MODULE_KEYS, problems):
