@@ -56,10 +56,11 @@ def parse_reference(value: Any) -> Reference:
     if address := _ADDRESS.match(value):
         parts = [part for part in re.split(r"[/?#]", value[address.end() :]) if part]
         revision = parts[3] if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve", "commit") else None
+        hub = address[2] or address[1].lower() == "hf"
         known = "/".join(parts[:2]) + (f"@{revision}" if revision else "")
         raise ConfigurationError(
             f"{short(value)} is an address; write the id of the model"
-            + (f": {known}" if _HUB_ID.fullmatch("/".join(parts[:2])) else " (user/name)")
+            + (f": {known}" if hub and _HUB_ID.fullmatch("/".join(parts[:2])) else " (user/name)")
         )
     parts = value.split("+")
     if len(parts) > 2 or any(part.count("@") > 1 for part in parts):

@@ -19,8 +19,6 @@ from mergekit_monosoup.planning.problems import Problems, nearest, short
 from mergekit_monosoup.planning.recipe import Recipe, check_shape, read_recipe
 from mergekit_monosoup.planning.settings import check_filters, check_parameters
 
-DEFAULT_SHARD_BYTES = 5e9
-
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -30,7 +28,6 @@ class PlanOptions:
     overwrite: bool = False
     allow_crimes: bool = False
     truncate_embeddings: bool = False
-    shard_bytes: float = DEFAULT_SHARD_BYTES
     resume: bool = False
     """What an interrupted merge has left may lie beside the output folder."""
     force_base: bool = False
@@ -99,7 +96,7 @@ def make_plan(text: str, options: PlanOptions | None = None) -> Plan:
         check_output(
             options.out, needed, models, problems, overwrite=options.overwrite, resume=options.resume
         )
-    cost = estimate(tensors, options.shard_bytes, calibrate()) if tensors and options.costs else None
+    cost = estimate(tensors, calibrate()) if tensors and options.costs else None
     return Plan(problems, method, models, tensors, cost, free)
 
 
