@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 from mergekit_monosoup.checkpoint.adapter_folder import is_adapter
-from mergekit_monosoup.checkpoint.headers import (
-    StoredTensor,
-    read_folder,
-    read_index,
-    read_safetensors_header,
-)
 from mergekit_monosoup.checkpoint.output import PARTIAL
-from mergekit_monosoup.errors import InputError, MonoSoupError, NonFiniteError
-from mergekit_monosoup.lora.publishable import check_adapter
-from mergekit_monosoup.merging.folder import LEFTOVERS
+from mergekit_monosoup.errors import InputError, MonoSoupError
+from mergekit_monosoup.merging.adapters import check_adapter
+from mergekit_monosoup.merging.verify import verify_folder
 
 # What a merge, an editor or the Hub's client leaves beside a model.
-IGNORED = (*LEFTOVERS, ".cache/**", "**/__pycache__/**", "*.tmp", ".DS_Store", "**/.DS_Store")
+IGNORED = (f"{PARTIAL}/**", ".cache/**", "**/__pycache__/**", "*.tmp", ".DS_Store", "**/.DS_Store")
 
 _TRANSPORTS = (("httpx", "TransportError"), ("httpx2", "TransportError"), ("requests", "ConnectionError"))
 
@@ -43,41 +34,25 @@ class CheckedFolder:
 
 
 def check_folder(folder: Path, seen: Callable[[str, int], None] = lambda name, size: None) -> CheckedFolder:
-    """Check that a model or adapter is whole: configuration, index, every tensor present and finite.
+    """Check that a model or adapter is whole, and that nothing outside it would be uploaded with it.
 
     Args:
         folder: of the model.
-        seen: called for each tensor that is checked, with its name and number of entries.
+        seen: called for each tensor that is checked, with its name and number of bytes.
 
     Raises:
-        InputError: a file or tensor is missing or damaged; names it.
-        NonFiniteError: a tensor holds NaN or infinity.
+        InputError: something is missing or damaged; names all of it.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; name the output of a merge")
-    if is_adapter(folder):
-        return _checked(folder, check_adapter(folder, seen).tensors.values())
-    if folder.name.endswith(PARTIAL):
-        raise InputError(f"{folder} is an unfinished merge; go on with it by --resume")
-    checkpoint = read_folder(str(folder), folder)
-    _check_config(folder)
-    _check_stray(folder, {tensor.file for tensor in checkpoint.tensors.values()})
-    if not checkpoint.tensors:
-        raise InputError(f"{folder} holds no tensors; run the merge again")
-    by_file: dict[str, list[StoredTensor]] = {}
-    for tensor in checkpoint.tensors.values():
-        by_file.setdefault(tensor.file, []).append(tensor)
-    for file, tensors in sorted(by_file.items()):
-        if not file.endswith(".safetensors"):
-            raise InputError(f"{folder / file} is pickled; only safetensors files are uploaded: merge again")
-        _check_values(folder / file, tensors, seen)
-    return _checked(folder, checkpoint.tensors.values())
-
-
-def _checked(folder: Path, tensors: Collection[StoredTensor]) -> CheckedFolder:
+    found = check_adapter(folder, seen) if is_adapter(folder) else verify_folder(folder, seen=seen)
     files = _files(folder)
+    root = folder.resolve()
+    for name in files:
+        if not (folder / name).resolve().is_relative_to(root):
+            found.problems.append(f"{folder / name} is a link out of the folder; put the file itself there")
+    if found.problems:
+        raise InputError("\n  ".join(found.problems))
     size = sum((folder / name).stat().st_size for name in files)
-    return CheckedFolder(len(tensors), sum(tensor.size for tensor in tensors), size, files)
+    return CheckedFolder(found.tensors, found.parameters, size, files)
 
 
 def _files(folder: Path) -> tuple[str, ...]:
@@ -85,49 +60,6 @@ def _files(folder: Path) -> tuple[str, ...]:
 
     every = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
     return tuple(filter_repo_objects(every, ignore_patterns=list(IGNORED)))
-
-
-def _check_config(folder: Path) -> None:
-    import transformers
-
-    try:
-        transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be loaded by transformers: {error}") from error
-
-
-def _check_stray(folder: Path, named: set[str]) -> None:
-    """Refuse shards that the index does not name: a half-replaced model."""
-    stray = sorted(
-        file.name
-        for file in folder.glob("*.safetensors")
-        if file.name not in named and file.name.startswith("model")
-    )
-    if stray:
-        raise InputError(f"{folder / stray[0]} is not in the index; remove it if it is of another merge")
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return
-    placed = read_index(index)
-    for name in sorted(set(placed.values())):
-        listed = {tensor for tensor, file in placed.items() if file == name}
-        extra = set(read_safetensors_header(folder / name)) - listed
-        if extra:
-            raise InputError(f"{index} does not list tensor {min(extra)} of {name}; run the merge again")
-
-
-def _check_values(file: Path, tensors: list[StoredTensor], seen: Callable[[str, int], None]) -> None:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for stored in tensors:
-                tensor = opened.get_tensor(stored.name)
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-                    raise NonFiniteError(
-                        f"tensor {stored.name} in {file} holds NaN or infinity; nobody could use this model"
-                    )
-                seen(stored.name, stored.size)
-    except SafetensorError as error:
-        raise InputError(f"{file} cannot be read ({error}); run the merge again") from error
 
 
 def upload(

@@ -70,10 +70,11 @@ def lora(
     ADAPTER is the folder or Hub id (or id@revision) of a PEFT adapter; several are averaged before the
     edit. OUT becomes the folder of the edited adapter, of the same rank, scaling and dtype.
     """
+    from mergekit_monosoup.checkpoint.output import refuse_occupied
     from mergekit_monosoup.lora.adapter import read_adapter
     from mergekit_monosoup.lora.base import BaseModel
     from mergekit_monosoup.lora.editing import AdapterOptions, edit_adapters
-    from mergekit_monosoup.lora.writer import refuse_occupied, write_adapter
+    from mergekit_monosoup.lora.writer import write_adapter
 
     with reported_errors():
         options = AdapterOptions(energy, mixing, alpha, rank)

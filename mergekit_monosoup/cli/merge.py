@@ -20,6 +20,17 @@ from mergekit_monosoup.cli.failure import reported_errors
 @click.option(
     "--report/--no-report", default=True, show_default=True, help="Write monosoup_report.jsonl (our methods)."
 )
+@click.option(
+    "--files-from",
+    metavar="MODEL",
+    help="Model whose configuration, tokenizer and other files go beside the weights; `base`, or a folder or "
+    "Hub id. [default: the recipe's first fine-tuned model]",
+)
+@click.option("--ray", metavar="[ADDRESS|auto|local]", help="Run on a Ray cluster; `local` starts one here.")
+@click.option(
+    "--ray-cpus", type=click.FloatRange(min=0, min_open=True), help="Processors a worker. [default: 1]"
+)
+@click.option("--ray-gpus", type=click.FloatRange(min=0), help="GPUs a worker. [default: 1 with --cuda]")
 @add_merge_options
 def merge(
     config_file: Path,
@@ -29,6 +40,10 @@ def merge(
     restart: bool,
     force_base: bool,
     report: bool,
+    files_from: str | None,
+    ray: str | None,
+    ray_cpus: float | None,
+    ray_gpus: float | None,
     merge_options: MergeOptions,
 ) -> None:
     """Run the merge recipe CONFIG_FILE and write the model to OUT_PATH.
@@ -42,6 +57,11 @@ def merge(
     from mergekit_monosoup.registry import register
 
     merge_options.apply_global_options()
+    cluster = None
+    if ray is not None:
+        from mergekit_monosoup.merging.on_ray import RayOptions
+
+        cluster = RayOptions(ray, ray_cpus, ray_gpus)
     if resume and restart:
         raise click.UsageError("--resume goes on with what --restart deletes; pass one of them")
     with reported_errors():
@@ -50,7 +70,7 @@ def merge(
             read_text(config_file),
             out_path,
             merge_options,
-            RunOptions(overwrite, resume, restart, force_base, report),
+            RunOptions(overwrite, resume, restart, force_base, report, cluster, files_from),
         )
     if not merge_options.quiet:
         click.echo(f"Wrote {out_path}")

@@ -33,25 +33,24 @@ def push(
 ) -> None:
     """Check the merged model or edited adapter in OUT and upload it to the Hub as REPO_ID.
 
-    The check: the configuration loads, every tensor is there and finite, an adapter names its base by an id
-    and not by a folder. After a lost
+    The check: config.json loads, the index is complete, every tensor is there and finite. After a lost
     connection, run the same command again; what has arrived is not sent again.
     """
     if create_pr and revision is not None:
         raise click.UsageError("--create-pr opens a pull request on the main branch; leave out --revision")
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
     log = logging.getLogger(__name__)
-    from mergekit_monosoup.checkpoint.adapter_folder import is_adapter, read_adapter_folder
-    from mergekit_monosoup.checkpoint.headers import read_folder
+    from mergekit_monosoup.checkpoint.adapter_folder import WEIGHTS, is_adapter
     from mergekit_monosoup.checkpoint.output import gigabytes
     from mergekit_monosoup.merging.progress import progress
+    from mergekit_monosoup.merging.verify import weight_files
     from mergekit_monosoup.publishing import check_folder, upload
 
     with reported_errors():
         adapter = is_adapter(folder)
-        held = (read_adapter_folder if adapter else read_folder)(str(folder), folder).tensors
-        total = sum(t.size for t in held.values())
-        with progress(total, "Checking", quiet=quiet) as bar:
+        files = [folder / WEIGHTS] if adapter else weight_files(folder)
+        total = sum(file.stat().st_size for file in files if file.is_file())
+        with progress(total, "Checking", quiet=quiet, unit="B") as bar:
 
             def seen(name: str, size: int) -> None:
                 bar.advance(name, size)

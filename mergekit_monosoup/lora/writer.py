@@ -15,8 +15,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from mergekit_monosoup.checkpoint.output import occupied
-from mergekit_monosoup.errors import ConfigurationError
+from mergekit_monosoup.checkpoint.output import refuse_occupied
 from mergekit_monosoup.lora.adapter import COMPANIONS, Adapter
 from mergekit_monosoup.lora.editing import AdapterOptions, EditedAdapter, ModuleRecord
 
@@ -60,13 +59,6 @@ def write_adapter(
         os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def refuse_occupied(out: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds something, unless it may be replaced."""
-    message = occupied(out, overwrite=overwrite)
-    if message is not None:
-        raise ConfigurationError(message)
 
 
 def _dump(path: Path, value: Mapping[str, Any]) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, metadata_load
 from mergekit.card import generate_card
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
+from yaml import YAMLError
 
 from mergekit_monosoup.report.card import card_section
 from mergekit_monosoup.report.schema import ReportHeader, TensorRecord
@@ -21,6 +22,7 @@ from mergekit_monosoup.report.schema import ReportHeader, TensorRecord
 LOG = logging.getLogger(__name__)
 
 FIGURES = "monosoup_figures"
+_CARRIED = ("license", "license_name", "license_link", "language")
 _MODEL_KEYS = frozenset({"model", "base_model", "lora", "path"})
 
 
@@ -31,6 +33,7 @@ def write_card(
     header: ReportHeader | None = None,
     records: Sequence[TensorRecord] = (),
     notes: Sequence[str] = (),
+    source: Path | None = None,
 ) -> None:
     """Write `README.md` and `mergekit_config.yml`, as mergekit does, into `folder`.
 
@@ -40,6 +43,7 @@ def write_card(
         name: title of the card.
         header, records: report of the merge, for a section of its own; without records there is none.
         notes: paragraphs to add at its end.
+        source: folder of the checkpoint whose licence and languages carry over.
     """
     config = MergeConfiguration.model_validate(_with_explicit_paths(yaml.safe_load(recipe)))
     text = generate_card(config, recipe, name)
@@ -56,8 +60,21 @@ def write_card(
         ("tags", [*known.get("tags", []), config.merge_method]),
     ):
         setattr(card.data, key, value)
+    for key, value in _carried_over(source).items():
+        setattr(card.data, key, value)
     (folder / "README.md").write_text(str(card), "utf-8")
     (folder / "mergekit_config.yml").write_text(recipe, "utf-8")
+
+
+def _carried_over(source: Path | None) -> dict[str, Any]:
+    """Return licence and languages that the card of the source names."""
+    if source is None or not (source / "README.md").is_file():
+        return {}
+    try:
+        known = metadata_load(source / "README.md") or {}
+    except (ValueError, OSError, YAMLError):
+        return {}
+    return {key: known[key] for key in _CARRIED if key in known}
 
 
 def _figures(folder: Path, records: Sequence[TensorRecord]) -> list[Path]:

@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_monosoup import host
-from mergekit_monosoup.checkpoint.dequantised import has_scales
-from mergekit_monosoup.checkpoint.headers import read_folder
-from mergekit_monosoup.checkpoint.lineage import SAMPLED_TENSORS, BaseWatch, check_base
+from mergekit_monosoup.checkpoint.output import FULL, full_disk
 from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
 from mergekit_monosoup.errors import ConfigurationError, InputError, InterruptedMerge
 from mergekit_monosoup.lora.cache import prepare_lora_cache
-from mergekit_monosoup.merging import journal
-from mergekit_monosoup.merging.architecture import fitting_architecture
 from mergekit_monosoup.merging.card import write_card
+from mergekit_monosoup.merging.files import (
+    changed_layers,
+    complete,
+    files_model,
+    set_chat_template,
+    source_of,
+)
 from mergekit_monosoup.merging.fingerprint import check_unchanged, fingerprint, stamps
 from mergekit_monosoup.merging.folder import WorkFolder
 from mergekit_monosoup.merging.journal import Done, Journal
-from mergekit_monosoup.merging.layout import plan_layout
 from mergekit_monosoup.merging.local import run_units
+from mergekit_monosoup.merging.modules import merge_modules
+from mergekit_monosoup.merging.prepared import Prepared, check_bases
 from mergekit_monosoup.merging.progress import Progress
 from mergekit_monosoup.merging.report import merge_recorder
-from mergekit_monosoup.merging.units import Unit, by_input, plan_units
+from mergekit_monosoup.merging.units import Unit, by_input, is_out_of_memory, out_of_memory
 from mergekit_monosoup.merging.writer import PickleWriter, Writer
-from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
-from mergekit_monosoup.registry import stock
 from mergekit_monosoup.report.recorder import Recorder
-from mergekit_monosoup.report.rounding import sample
 from mergekit_monosoup.report.schema import TensorRecord
 from mergekit_monosoup.report.table import remark
+
+if TYPE_CHECKING:
+    from mergekit_monosoup.merging.on_ray import RayOptions
 
 LOG = logging.getLogger(__name__)
 
@@ -55,6 +57,9 @@ class RunOptions:
         restart: delete what an interrupted merge has left.
         force_base: merge although the values say that the base is none.
         report: write `monosoup_report.jsonl` where the method is one of ours.
+        ray: where to run the units; absent: in this process.
+        files_from: model whose files go beside the weights: `base`, or a folder or Hub id; absent: the first
+            fine-tuned one of the recipe.
     """
 
     overwrite: bool = False
@@ -62,6 +67,8 @@ class RunOptions:
     restart: bool = False
     force_base: bool = False
     report: bool = True
+    ray: RayOptions | None = None
+    files_from: str | None = None
 
 
 def merge_to_folder(
@@ -90,30 +97,36 @@ def merge_to_folder(
     left = folder.open(
         overwrite=run_options.overwrite, resume=run_options.resume, restart=run_options.restart
     )
-    run = Run(recipe, config, options, plan, folder, left, run_options.report)
+    run = Run(recipe, config, options, plan, folder, left, run_options)
     try:
-        run.prepare(run_options.force_base)
-        run.execute()
-        run.complete(out_path.resolve().name)
+        try:
+            run.prepare(run_options.force_base)
+            run.execute()
+            run.complete(out_path.resolve().name)
+        finally:
+            # Under the lock still: what the journal has not written yet goes to the disk.
+            run.close()
         folder.finish()
     except KeyboardInterrupt as error:
         folder.abandon(keep=run.has_results)
         if not run.has_results:
             raise InterruptedMerge("interrupted; nothing was written") from error
         raise InterruptedMerge(
-            f"interrupted; what is done is kept in {folder.path}: run the same command with --resume to go on"
+            f"interrupted; what is done is kept in {folder.root}: run the same command with --resume to go on"
         ) from error
     except (ConfigurationError, InputError):
         # What was merged of such a recipe or input is of no use to the next.
         folder.abandon(keep=left)
         raise
-    except BaseException:
+    except BaseException as error:
         folder.abandon(keep=run.has_results)
         if run.has_results:
-            LOG.warning("what is done is kept in %s; --resume goes on with it", folder.path)
+            LOG.warning("what is done is kept in %s; --resume goes on with it", folder.root)
+        if is_out_of_memory(error):
+            raise out_of_memory("the merge") from error
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise full_disk(folder.path) from error
         raise
-    finally:
-        run.close()
 
 
 class Run:
@@ -127,13 +140,15 @@ class Run:
         plan: Plan,
         folder: WorkFolder,
         resumed: bool,
-        report: bool,
+        run_options: RunOptions,
     ) -> None:
         """Take what the run is about; nothing is read yet. See `merge_to_folder`."""
         self._recipe, self._config, self._options, self._plan = recipe, config, options, plan
         self._folder, self._resumed = folder, resumed
         self._ours = plan.method is not None and plan.method.ours
-        self._report = report and self._ours
+        self._report = run_options.report and self._ours
+        self._ray = run_options.ray
+        self._files_from = run_options.files_from
         # Records of tensors that are computed and not yet written.
         self._pending: dict[str, TensorRecord] = {}
         self._journal: Journal | None = None
@@ -150,23 +165,12 @@ class Run:
             refuse_quantized_checkpoint(model)
         if self._ours and not force_base:
             check_bases(config)
-        config = _with_common_dtype(config)
-        self._models = config.referenced_models()
-        self._inputs = stamps(self._models)
-        self._merge = Merge(config.base_model, finetuned_models(config), on_record=[self._take])
-        self._arch = fitting_architecture(config, options)
-        self._out_config = host.out_config(config, self._arch, options.trust_remote_code)
-        with stock().suspended():
-            self._units = plan_units(config, self._arch, options, self._out_config, self._merge)
-        self._config = config
-        layout = plan_layout(
-            ((u.name, u.shape, str(u.dtype).removeprefix("torch.")) for u in self._units.units),
-            options.out_shard_size,
-        )
+        self._prepared = Prepared.of(config, options, [self._take])
+        self._inputs = stamps(self._prepared.models)
+        layout, path = self._prepared.layout, self._folder.path
         said = fingerprint(self._recipe, options, self._inputs, layout)
-        file = self._folder.path / journal.NAME
-        self._recorder = merge_recorder(self._recipe, config, options, self._folder.path, self._report)
-        path = self._folder.path
+        self._recorder = merge_recorder(self._recipe, config, options, path, self._report)
+        kept = Journal.resume(self._folder.journal, said, self._sync) if self._resumed else None
         self._writer: Writer | PickleWriter
         if not options.safe_serialization:
             self._writer = PickleWriter(path, options.out_shard_size)
@@ -174,43 +178,84 @@ class Run:
             self._writer = Writer.reopen(path, layout)
         else:
             self._writer = Writer.create(path, layout)
-        self._journal = Journal.resume(file, said) if self._resumed else Journal(file, said)
+        self._journal = kept or Journal(self._folder.journal, said, self._sync)
 
     def execute(self) -> None:
         """Compute what is not there yet, and write it."""
         if self._journal is None or self._recorder is None:
             raise RuntimeError("a run is prepared before it is executed")
-        total = sum(unit.size for unit in self._units.units)
-        self._bar = Progress(total, "Merging", quiet=self._options.quiet)
+        units = self._prepared.units.units
+        self._bar = Progress(sum(unit.size for unit in units), "Merging", quiet=self._options.quiet)
         kept = self._verified()
-        for unit in self._units.units:
+        for unit in units:
             if unit.name in kept:
                 self._tell(unit, kept[unit.name].record)
-        rest = [unit for unit in self._units.units if unit.name not in kept]
+        rest = [unit for unit in units if unit.name not in kept]
         if kept:
-            LOG.warning("going on: %d of %d tensors are done", len(kept), len(self._units.units))
-        run_units(self._units, by_input(rest), self._options, self._store)
-        if self._merge.decision is not None:
-            self._journal.note(self._merge.decision.sentence())
-        check_unchanged(self._inputs, self._models)
+            LOG.warning("going on: %d of %d tensors are done", len(kept), len(units))
+        if self._ray is not None and rest:
+            self._on_ray(rest, self._ray)
+        else:
+            run_units(self._prepared.units, by_input(rest), self._options, self._store)
+        if self._prepared.merge.decision is not None:
+            self._journal.note(self._prepared.merge.decision.sentence())
+        check_unchanged(self._inputs, self._prepared.models)
         self._writer.finish()
-        self._merge.close()
-        self._recorder.close()
+        self._prepared.merge.close()
+
+    def _on_ray(self, units: Sequence[Unit], ray_options: RayOptions) -> None:
+        from mergekit_monosoup.merging.on_ray import Cluster, connected
+
+        if not self._options.safe_serialization:
+            raise ConfigurationError("--ray writes safetensors files; leave out --no-safe-serialization")
+        with connected(ray_options):
+            cluster = Cluster(self._prepared, self._options, self._folder.path, ray_options)
+            try:
+                merge = self._prepared.merge
+                if self._config.merge_method == "sfgs":
+                    # One decision, taken here over inner products from all workers, and handed to all.
+                    merge.align = cluster.align
+                    first, *units = sorted(units, key=lambda unit: unit.size)
+                    run_units(self._prepared.units, [first], self._options, self._store)
+                cluster.run(units, self._written, self._came_back)
+            finally:
+                cluster.close()
 
     def complete(self, name: str) -> None:
         """Write what lies beside the weights: configuration, tokenizer, card."""
         if self._journal is None or self._recorder is None:
             raise RuntimeError("a run is executed before it is completed")
-        path = self._folder.path
-        tokenizer = self._units.tokenizer[1] if self._units.tokenizer else None
-        host.finish_folder(self._config, self._arch, self._options, self._out_config, tokenizer, str(path))
-        _drop_quantization_config(path / "config.json")
+        path, ready, options = self._folder.path, self._prepared, self._options
+        model = files_model(ready.config, self._files_from)
+        tokenizer = ready.units.tokenizer[1] if ready.units.tokenizer else None
+        complete(
+            path,
+            str(model),
+            layers=changed_layers(ready.config, ready.arch, ready.out_config),
+            options=options,
+            own_tokenizer=tokenizer is not None,
+        )
+        for record in merge_modules(ready.config, source_of(model, options).folder, path, self._ours):
+            self._recorder.add(record)
+        if tokenizer is not None:
+            host.save_tokenizer(ready.config, tokenizer, str(path))
+        elif options.copy_tokenizer and (template := host.chat_template(ready.config)) is not None:
+            set_chat_template(path, template)
+        self._recorder.close()
         records = self._recorder.records if self._ours else []
         note = remark(records)
         if note is not None:
             LOG.warning("%s", note)
-        if self._options.write_model_card:
-            write_card(self._recipe, path, name, self._recorder.header, records, notes=self._journal.notes)
+        if options.write_model_card:
+            write_card(
+                self._recipe,
+                path,
+                name,
+                self._recorder.header,
+                records,
+                notes=self._journal.notes,
+                source=source_of(model, options).folder,
+            )
 
     def close(self) -> None:
         """Let go of files."""
@@ -221,14 +266,22 @@ class Run:
         if self._journal is not None:
             self._journal.close()
 
+    def _sync(self) -> None:
+        self._writer.sync()
+
     def _take(self, record: TensorRecord) -> None:
         self._pending[record.tensor] = record
 
     def _store(self, unit: Unit, tensor: Tensor) -> None:
-        digest = self._writer.write(unit.name, tensor)
-        record = self._pending.pop(unit.name, None) or _passed_on(unit, self._config)
-        record = record.model_copy(update={"sha256": digest})
-        line = record.model_dump(mode="json", exclude_defaults=True)
+        self._written(unit, self._writer.write(unit.name, tensor), self._pending.pop(unit.name, None))
+
+    def _came_back(self, unit: Unit, tensor: Tensor, record: TensorRecord | None) -> None:
+        self._written(unit, self._writer.write(unit.name, tensor), record)
+
+    def _written(self, unit: Unit, digest: str, record: TensorRecord | None) -> None:
+        """Take note of a tensor that lies in its place."""
+        known = record or _passed_on(unit, self._config)
+        line = known.model_copy(update={"sha256": digest}).model_dump(mode="json", exclude_defaults=True)
         if self._journal is not None:
             self._journal.add(Done(unit.name, digest, line))
         self.has_results = True
@@ -245,9 +298,8 @@ class Run:
         """Return the finished tensors whose bytes are what the journal says."""
         if self._journal is None:
             return {}
-        names = {unit.name for unit in self._units.units}
-        found = {name: done for name, done in self._journal.kept.items() if name in names}
-        return {name: done for name, done in found.items() if self._writer.stored_hash(name) == done.sha256}
+        self._journal.recheck(self._writer.stored_hash)
+        return self._journal.kept
 
 
 def _passed_on(unit: Unit, config: MergeConfiguration) -> TensorRecord:
@@ -261,46 +313,6 @@ def _passed_on(unit: Unit, config: MergeConfiguration) -> TensorRecord:
         reason=reason,
         method=config.merge_method,
     )
-
-
-def finetuned_models(config: MergeConfiguration) -> tuple[ModelReference, ...]:
-    """Return the models of a recipe besides its base, in the order in which they are listed."""
-    owners = [config, *(config.modules or {}).values()]
-    listed = [entry.model for owner in owners for entry in owner.models or ()]
-    listed += [s.model for owner in owners for part in owner.slices or () for s in part.sources]
-    return tuple(dict.fromkeys(model for model in listed if model != config.base_model))
-
-
-def check_bases(config: MergeConfiguration) -> None:
-    """Look at sampled values of all checkpoints of a recipe, which mergekit has opened by now.
-
-    Raises:
-        InputError: the base may not be the base.
-    """
-    base = config.base_model
-    for model in finetuned_models(config) if base is not None else ():
-        message = _base_message(base, model)
-        if message is not None:
-            raise InputError(f"{message}, or pass --force-base to merge all the same")
-
-
-def _base_message(base: ModelReference, model: ModelReference) -> str | None:
-    """Sample the files; whole tensors only where they are pickled."""
-    loaders = [LoaderCache().get(reference) for reference in (base, model)]
-    if all(loader.index.is_safetensors for loader in loaders):
-        folders = [Path(loader.index.base_path) for loader in loaders]
-        one, two = (read_folder(str(r), f) for r, f in zip((base, model), folders, strict=True))
-        return check_base(one, two)
-    names = [name for name in loaders[0].index.tensor_paths if name in loaders[1].index.tensor_paths]
-    watch = BaseWatch()
-    for name in names[:: max(1, len(names) // (4 * SAMPLED_TENSORS))]:
-        w0, w1 = (loader.get_tensor(name) for loader in loaders)
-        if w0.ndim > 1 and w0.is_floating_point() and w0.shape == w1.shape:
-            samples = [sample(tensor).double().numpy() for tensor in (w0, w1)]
-            message = watch.see(str(base), str(model), name, *samples)
-            if message is not None:
-                return message
-    return None
 
 
 def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, run_options: RunOptions) -> Plan:
@@ -326,21 +338,3 @@ def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, run_option
     if errors:
         raise ConfigurationError("the merge would fail:\n  " + "\n  ".join(map(str, errors)))
     return plan
-
-
-def _with_common_dtype(config: MergeConfiguration) -> MergeConfiguration:
-    """Set `dtype` where some checkpoints are float8 and others are not: these have no common dtype."""
-    held = [LoaderCache().get(model).index.tensor_paths for model in config.referenced_models()]
-    float8 = {has_scales(names) for names in held}
-    if config.dtype is not None or len(float8) == 1:
-        return config
-    LOG.warning("some checkpoints are stored as float8 and others are not: merging with dtype: bfloat16")
-    return config.model_copy(update={"dtype": "bfloat16"})
-
-
-def _drop_quantization_config(file: Path) -> None:
-    """Remove what config.json says of a quantised base: merged weights are stored as plain numbers."""
-    content = json.loads(file.read_text("utf-8"))
-    if content.pop("quantization_config", None) is not None:
-        LOG.warning("the merged weights are not quantised: config.json is without quantization_config")
-        file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

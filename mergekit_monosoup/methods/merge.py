@@ -38,6 +38,9 @@ class Merge:
             merged without a recipe.
         on_outcome: is told what became of each tensor; costs nothing.
         on_record: is told in figures; each tensor is then measured.
+        decision: what was decided once for all tensors.
+        align: measures all checkpoints' updates against each other, given which tensors count and
+            whether adapters go by their factors; absent: they are read here.
     """
 
     base: Any = None
@@ -45,6 +48,7 @@ class Merge:
     on_outcome: Sequence[Callable[[Outcome], None]] = ()
     on_record: Sequence[Callable[[TensorRecord], None]] = ()
     decision: Any = None
+    align: Callable[[Any, bool], Any] | None = None
     _settings: dict[str, Any] = field(default_factory=dict)
     _settled_by: dict[str, str | None] = field(default_factory=dict)
     _files: dict[Path, Recorder] = field(default_factory=dict)
@@ -88,6 +92,15 @@ class Merge:
             if self.decision is None:
                 self.decision = take()
             return self.decision
+
+    def decided(self) -> tuple[Any, dict[str, Any]] | None:
+        """Return the decision and the settings it was taken under, to be handed to another process."""
+        return None if self.decision is None else (self.decision, dict(self._settings))
+
+    def settle(self, decided: tuple[Any, dict[str, Any]]) -> None:
+        """Take over what `decided` returned elsewhere."""
+        with self._lock:
+            self.decision, self._settings = decided
 
     def record(
         self,

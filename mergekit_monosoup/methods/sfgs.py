@@ -96,9 +96,12 @@ class SimilarityFilteredGreedySoup(UpdateMethod):
         group, exact = inputs.group, parameters["exact_lora"]
 
         def read_checkpoints() -> Alignment:
+            if merge.align is not None:
+                found: Alignment = merge.align(parameters["layers"], exact)
+                return found
             models = _finetuned(merge, group)
             loaders = [loader_for(model) for model in models]
-            refine = _refine(group.base.id, models, merge) if exact else None
+            refine = refinement(group.base.id, models, merge) if exact else None
             device = group.entries[0].tensor.device
             return align_loaders(loader_for(group.base.id), loaders, parameters["layers"], device, refine)
 
@@ -169,8 +172,8 @@ def _average(inputs: GroupInputs) -> Tensor:
     return inputs.checked(result)
 
 
-def _refine(base: Any, models: Sequence[Any], merge: Merge) -> Refine | None:
-    """Return what puts base + adapter, unrounded, in the place of their merged copies."""
+def refinement(base: Any, models: Sequence[Any], merge: Merge) -> Refine | None:
+    """Return what puts base + adapter, unrounded, in the place of merged copies, where there are any."""
     if not any(getattr(model, "lora", None) for model in models):
         return None
 

@@ -106,6 +106,7 @@ class TensorRecord(_Line):
     sha256: str | None = Field(
         default=None, description="of the tensor's bytes as written; null where no file was written"
     )
+    node: str | None = Field(default=None, description="of the cluster that did it; null in a local run")
     figures: dict[str, Figure] = Field(default_factory=dict, description="of the method's own")
     spectrum: SpectrumCurve | None = Field(default=None, description="written by `inspect`")
     sweep: dict[str, dict[str, Figure]] = Field(

@@ -11,18 +11,19 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import isfinite
 
-from mergekit_monosoup.checkpoint.adapter_folder import AdapterFolder, read_adapter_folder
+from mergekit_monosoup.checkpoint.adapter_folder import read_adapter_folder
 from mergekit_monosoup.checkpoint.card import front_matter
 from mergekit_monosoup.errors import AdapterError, InputError, NonFiniteError, UnsupportedAdapterError
 from mergekit_monosoup.lora.adapter import read_adapter, read_config
+from mergekit_monosoup.merging.verify import Verification
 
 
-def check_adapter(folder: Path, seen: Callable[[str, int], None] = lambda name, size: None) -> AdapterFolder:
+def check_adapter(folder: Path, seen: Callable[[str, int], None] = lambda name, size: None) -> Verification:
     """Check that an adapter is whole: peft knows its configuration, and its tensors fit it and are finite.
 
     Args:
         folder: of the adapter.
-        seen: called for each tensor that is checked, with its name and number of entries.
+        seen: called for each tensor that is checked, with its name and number of bytes.
 
     Raises:
         AdapterError: a file or factor is missing or damaged, or names a folder of this machine.
@@ -43,17 +44,17 @@ def check_adapter(folder: Path, seen: Callable[[str, int], None] = lambda name, 
             read_adapter(str(folder))
     try:
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as opened:
-            for name, stored in found.tensors.items():
+            for name in found.tensors:
                 tensor = opened.get_tensor(name)
                 if tensor.is_floating_point() and not bool(isfinite(tensor.float()).all()):
                     raise NonFiniteError(
                         f"tensor {name} in {folder} holds NaN or infinity; training diverged"
                     )
-                seen(name, stored.size)
+                seen(name, tensor.numel() * tensor.element_size())
     except SafetensorError as error:
         file = folder / SAFETENSORS_WEIGHTS_NAME
         raise InputError(f"{file} cannot be read ({error}); save it again") from error
-    return found
+    return Verification(len(found.tensors), sum(tensor.size for tensor in found.tensors.values()))
 
 
 def _refuse_local_base(file: Path, named: Any) -> None:
