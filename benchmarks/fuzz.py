@@ -71,6 +71,12 @@ class Findings:
     examples: dict[str, str] = field(default_factory=dict)
     slowest: float = 0.0
 
+    def note(self, log: Callable[[str], None], kind: str, example: str) -> None:
+        """Keep and show the first example of a kind."""
+        if kind not in self.examples:
+            self.examples[kind] = example
+            log(f"--- {kind}\n{example}")
+
     @property
     def count(self) -> int:
         """Number of runs that did not end as they should."""
@@ -333,18 +339,18 @@ def fuzz(folder: Path, count: int, seed: int, only: str = "", log: Callable[[str
             findings.refused += 1
             if len(str(error)) > _LONG_LINE + 4 * len(str(folder)):
                 findings.long_messages[name] += 1
-                findings.examples.setdefault(f"{name}: long message", str(error)[:1000])
+                findings.note(log, f"{name}: long message", str(error)[:1000])
         except LongMessage as error:
             findings.long_messages[name] += 1
-            findings.examples.setdefault(f"{name}: long message", str(error)[:1000])
+            findings.note(log, f"{name}: long message", str(error)[:1000])
         except Hang:
             findings.hangs[name] += 1
-            findings.examples.setdefault(f"{name}: hang", traceback.format_exc(limit=-6))
+            findings.note(log, f"{name}: hang", traceback.format_exc(limit=-6))
         except Exception as error:  # noqa: BLE001 - counting them is what this is for
             frame = traceback.extract_tb(error.__traceback__)[-1]
             kind = f"{name}: {type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}"
             findings.tracebacks[kind] += 1
-            findings.examples.setdefault(kind, traceback.format_exc(limit=-8)[-1500:])
+            findings.note(log, kind, traceback.format_exc(limit=-8)[-1500:])
         findings.slowest = max(findings.slowest, time.perf_counter() - begin)
         if (index + 1) % 10_000 == 0:
             log(f"{index + 1:,} runs, {findings.count} findings")
@@ -372,8 +378,6 @@ def main() -> None:
         found = fuzz(Path(folder), options.count, options.seed, options.only)
         seconds = time.perf_counter() - begin
         gained = peak_bytes() - before
-    for kind, example in found.examples.items():
-        print(f"--- {kind}\n{example}")
     print(
         f"{found.runs:,} runs in {seconds:.0f} s: {found.refused:,} refused in a sentence, "
         f"{found.accepted:,} planned; "
