@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import logging
+import os
 import random
 import resource
 import shutil
@@ -32,6 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+# Names of models that are none of this machine would be looked up.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from mergekit_monosoup.checkpoint.adapter_folder import read_adapter_folder
 from mergekit_monosoup.checkpoint.card import declared_bases

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_monosoup.checkpoint.adapter_folder import AdapterFolder, read_adapter_folder
+from mergekit_monosoup.checkpoint.documents import first_line
 from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.checkpoint.hub import cached_adapter
-from mergekit_monosoup.errors import UnsupportedAdapterError
+from mergekit_monosoup.errors import AdapterError, MonoSoupError, UnsupportedAdapterError
 
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # Settings of LoraConfig under which the header alone does not tell where peft puts the factors.
@@ -106,4 +107,10 @@ def _by_peft(reference: str, adapter: str, base: Checkpoint) -> frozenset[str] |
     except UnsupportedAdapterError:
         # Not linear: merged by peft first, and the method says what it takes.
         return None
+    except MonoSoupError:
+        raise
+    except Exception as error:
+        raise AdapterError(
+            f"adapter {adapter}: peft cannot use its settings ({first_line(error)})"
+        ) from error
     return frozenset(name for name in base.tensors if names.resolve(name) in changes)

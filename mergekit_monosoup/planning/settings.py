@@ -138,6 +138,8 @@ def _check_condition(
         problems.error(f"a condition of parameter {parameter.name!r} has no value:", recipe.line(*path))
         return
     value = condition["value"]
+    if value == []:
+        problems.error(f"parameter {parameter.name!r} is an empty list", recipe.line(*path, "value"))
     for item in value if isinstance(value, list) else [value]:
         _check_scalar(recipe, (*path, "value"), parameter, item, problems)
 
