@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -12,6 +13,7 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from torch import Tensor
 
 from mergekit_monosoup.checkpoint.float8 import FLOAT8, dequantise, missing_scale
+from mergekit_monosoup.checkpoint.headers import unreadable_pickle
 from mergekit_monosoup.checkpoint.lineage import BaseWatch
 from mergekit_monosoup.checkpoint.scales import is_scale, scale_name
 from mergekit_monosoup.errors import InputError, NonFiniteError, ShapeMismatchError
@@ -162,7 +164,10 @@ def _loader(name: str, cache_dir: str | None) -> LazyTensorLoader:
     reference = ModelReference.parse(name)
     if reference.lora is not None:
         raise InputError(f"{name} has an adapter; merge it into its base first, and name the result")
-    return reference.lazy_loader(cache_dir=cache_dir, lazy_unpickle=True)
+    try:
+        return reference.lazy_loader(cache_dir=cache_dir, lazy_unpickle=True)
+    except pickle.UnpicklingError as error:
+        raise unreadable_pickle(Path(name), error) from error
 
 
 def _stored(loader: LazyTensorLoader, name: str, model: str, device: str) -> Tensor:

@@ -21,6 +21,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mergekit_monosoup.checkpoint.headers import unreadable_pickle
 from mergekit_monosoup.errors import AdapterError, NonFiniteError, ShapeMismatchError, UnsupportedAdapterError
 from mergekit_monosoup.lora.factors import LowRankUpdate
 from mergekit_monosoup.lora.variants import refuse_nonlinear
@@ -188,9 +189,7 @@ def _read_tensors(source: str, folder: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise AdapterError(f"adapter {source}: {SAFETENSORS_WEIGHTS_NAME} is damaged: {error}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise AdapterError(
-            f"adapter {source}: {WEIGHTS_NAME} cannot be read as plain tensors: {error}"
-        ) from error
+        raise AdapterError(str(unreadable_pickle(folder / WEIGHTS_NAME, error))) from error
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise AdapterError(f"adapter {source}: {key} is no tensor")

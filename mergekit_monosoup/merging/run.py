@@ -35,6 +35,7 @@ from mergekit_monosoup.merging.writer import PickleWriter, Writer
 from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
 from mergekit_monosoup.report.recorder import Recorder
 from mergekit_monosoup.report.schema import TensorRecord
+from mergekit_monosoup.report.table import remark
 
 if TYPE_CHECKING:
     from mergekit_monosoup.merging.on_ray import RayOptions
@@ -236,8 +237,11 @@ class Run:
         for record in modules:
             self._recorder.add(record)
         self._recorder.close()
+        records = self._recorder.records if self._ours else []
+        note = remark(records)
+        if note is not None:
+            LOG.warning("%s", note)
         if options.write_model_card:
-            records = self._recorder.records if self._ours else []
             write_card(
                 self._recipe,
                 path,
@@ -317,7 +321,9 @@ def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, run_option
             overwrite=run_options.overwrite,
             allow_crimes=options.allow_crimes,
             truncate_embeddings=options.unsafe_truncate_embeddings,
-            lora_cache=options.lora_merge_cache is not None,
+            # The folder itself says what is left in it, once it is locked.
+            resume=True,
+            force_base=run_options.force_base,
             costs=False,
         ),
     )

@@ -19,7 +19,7 @@ from mergekit_monosoup.planning.architecture import (
 from mergekit_monosoup.planning.catalogue import Method
 from mergekit_monosoup.planning.models import parse_reference
 from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source
-from mergekit_monosoup.planning.problems import Problems, nearest
+from mergekit_monosoup.planning.problems import Problems, nearest, short
 from mergekit_monosoup.planning.recipe import Recipe, model_uses
 from mergekit_monosoup.planning.tensors import TensorPlanner
 
@@ -197,14 +197,15 @@ def _plan_modules(
             return
         for name in architecture.modules:
             parts = _slices(recipe, recipe.data, (), models, architecture.modules[name], problems)
-            _check_depth(recipe, [part for part, _ in parts], problems)
+            if not problems.errors:
+                _check_depth(recipe, [part for part, _ in parts], problems)
             if not problems.errors:
                 planner.plan_module(name, [part for part, _ in parts], None)
         return
     for name, definition in modules.items():
         if name not in architecture.modules:
             problems.error(
-                f"{architecture.name} has no module {name!r}{nearest(name, architecture.modules)}",
+                f"{architecture.name} has no module {short(name)}{nearest(name, architecture.modules)}",
                 recipe.line("modules", name),
             )
             continue
@@ -243,13 +244,16 @@ def _slices(
         own = output.get("base_model")
         slice_base = models.get(str(parse_reference(own))) if own is not None else base
         sources = []
+        beyond: dict[tuple[int, int], str] = {}
         for entry in output["sources"]:
             checkpoint = models[str(parse_reference(entry["model"]))]
             first, end = entry["layer_range"]
             layers = module.layers(checkpoint) if module is not None else end
             if end > layers:
-                problems.error(f"layer_range [{first}, {end}) of {checkpoint.name}, which has {layers}", line)
+                beyond.setdefault((end, layers), f"layer_range [{first}, {end}) of {checkpoint.name}")
             sources.append(Source(checkpoint, first, end, entry.get("parameters")))
+        for (_, layers), text in beyond.items():
+            problems.error(f"{text}, which has {layers} layers", line)
         if slice_base is not None and all(source.checkpoint is not slice_base for source in sources):
             problems.error(
                 f"base_model {slice_base.name} is not among the sources of this slice; list it there with "
