@@ -249,11 +249,10 @@ def check_fits(model: str, before: Tensors, shapes: Mapping[str, tuple[int, ...]
     Raises:
         InputError: the result cannot be a merge of that model.
     """
-    shared = [name for name in shapes if name in before]
-    # Vocabularies may differ; widths may not.
-    other = [name for name in shared if shapes[name][1:] != before[name].shape[1:]]
-    if before and (other or not shared):
-        example = f"tensor {other[0]} has another shape there" if other else "they share no tensor"
+    # Vocabularies may differ; widths may not. Names may be those of another version of transformers.
+    other = [name for name in shapes if name in before and shapes[name][1:] != before[name].shape[1:]]
+    if other:
         raise InputError(
-            f"the files of {model} do not go with these weights: {example}; name the fine-tuned model"
+            f"the files of {model} do not go with these weights: tensor {other[0]} has another shape there; "
+            "name the fine-tuned model of the merge"
         )
