@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -357,8 +358,6 @@ def test_a_model_on_the_hub(tmp_path, pair):
         hub.publish("org/tuned", tuned)
         environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
         program = "from mergekit_monosoup.cli import main; main()"
-        import sys
-
         file = write_config(tmp_path, recipe("org/base", "org/tuned"))
         command = [sys.executable, "-c", program, "merge", str(file), str(tmp_path / "out"), "--quiet"]
         run(command, tmp_path, environment)

@@ -169,6 +169,15 @@ def _matches(name: str, kind: Kind) -> bool:
     return False
 
 
+def patterns_left_behind() -> list[str]:
+    """Return glob patterns of what is left behind, in the form in which the Hub's client takes them."""
+    found = ["README.md"]
+    for pattern in (pattern for kind in LEFT_BEHIND for pattern in kind.patterns):
+        plain = f"{pattern}*" if pattern.endswith("/") else pattern
+        found += [plain, f"*/{plain}"]
+    return found
+
+
 def companions(folder: Path) -> Companions:
     """Sort the files of a local model.
 

@@ -43,6 +43,11 @@ class Source:
     adapter: Path | None = None
     stand_in: Path | None = None
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders whose word counts, the first one most."""
+        return (self.folder,) if self.adapter is None else (self.adapter, self.folder)
+
 
 def files_model(config: MergeConfiguration, wanted: str | None = None) -> ModelReference:
     """Return the model that the files of a merge come from.
@@ -157,10 +162,10 @@ def bring_files(
         name: source.folder / name for name in found.taken if name != "config.json" and not is_tokenizer(name)
     }
     if copy_tokenizer and not own_tokenizer:
-        folders = [f for f in (source.adapter, source.folder, source.stand_in) if f is not None]
-        tokenizer = tokenizer_files(folders)
+        stand_in = (source.stand_in,) if source.stand_in is not None else ()
+        tokenizer = tokenizer_files((*source.folders, *stand_in))
         taken |= tokenizer
-        if source.stand_in is not None and source.stand_in in {f.parent for f in tokenizer.values()}:
+        if stand_in and stand_in[0] in {file.parent for file in tokenizer.values()}:
             LOG.warning("%s has no tokenizer; the result has that of the base", source.model)
     for name, path in sorted(taken.items()):
         _copy(path, out / name)

@@ -244,7 +244,7 @@ class Run:
                 self._recorder.header,
                 records,
                 notes=self._journal.notes,
-                source=self._source.folder,
+                sources=self._source.folders,
             )
 
     def close(self) -> None:
