@@ -26,6 +26,7 @@ from mergekit_monosoup.merging.folder import WorkFolder
 from mergekit_monosoup.merging.journal import Done, Journal
 from mergekit_monosoup.merging.local import run_units
 from mergekit_monosoup.merging.modules import merge_modules
+from mergekit_monosoup.merging.opened import open_with_common_names
 from mergekit_monosoup.merging.prepared import Prepared, check_bases
 from mergekit_monosoup.merging.progress import Progress
 from mergekit_monosoup.merging.report import merge_recorder
@@ -160,7 +161,7 @@ class Run:
         for model in config.referenced_models() if self._ours else ():
             refuse_quantized_checkpoint(model)
         if self._ours and not force_base:
-            check_bases(config)
+            check_bases(config, open_with_common_names(config, as_stored=options.allow_crimes))
         self._prepared = Prepared.of(config, options, [self._take])
         if self._files_from is not None:
             shapes = {unit.name: unit.shape for unit in self._prepared.units.units}
@@ -226,7 +227,10 @@ class Run:
             raise RuntimeError("a run is executed before it is completed")
         path, ready, options = self._folder.path, self._prepared, self._options
         tokenizer = ready.units.tokenizer[1] if ready.units.tokenizer else None
-        write_beside(path, self._source, ready.config, ready.arch, options, tokenizer)
+        # A text-only fine-tune of a larger base: the result has all of the base.
+        whole = self._files_from is None and ready.described_by == ready.config.base_model
+        described = Path(host.folder_of(ready.described_by)) if whole else None
+        write_beside(path, self._source, ready.config, ready.arch, options, tokenizer, described)
         decision = ready.merge.decision
         taken = list(decision.taken) if isinstance(decision, SoupDecision) else None
         modules = merge_modules(
@@ -279,6 +283,8 @@ class Run:
 
     def _tell(self, unit: Unit, line: dict[str, Any] | None) -> None:
         record = TensorRecord.model_validate(line) if line is not None else _passed_on(unit, self._config)
+        # From workers and from the run that this one goes on with, too.
+        self._prepared.merge.note_survival(record.tensor, record.edit_survival)
         if self._bar is not None:
             self._bar.record(record)
         if self._recorder is not None:
