@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from mergekit import merge as mergekit_merge
 from mergekit.architecture import ModelArchitecture
 from mergekit.architecture.conversion import convert_checkpoint_tensors
-from mergekit.common import ImmutableMap, ModelReference, dtype_from_name, get_config_value
+from mergekit.common import ImmutableMap, ModelPath, ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task, TaskUniverse
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardInfo
@@ -234,10 +234,9 @@ def out_config(config: MergeConfiguration, arch: ModelArchitecture, trust_remote
     return mergekit_merge._model_out_config(config, arch, trust_remote_code=trust_remote_code)
 
 
-def layer_counts(arch: ModelArchitecture, out_config: Any) -> dict[str, int]:
-    """Return the numbers of layers that mergekit gives the output, by their keys in config.json."""
-    keys = [module.architecture.num_layers_config_key() for module in arch.modules.values()]
-    return {key: int(get_config_value(out_config, key)) for key in keys if key}
+def local_reference(folder: str) -> ModelReference:
+    """Return a reference to a folder, whatever its name: mergekit would read a `+` or `@` in it."""
+    return ModelReference(model=ModelPath.model_construct(path=folder, revision=None))
 
 
 def save_tokenizer(config: MergeConfiguration, tokenizer: TokenizerInfo, folder: str) -> None:

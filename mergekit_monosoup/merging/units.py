@@ -107,6 +107,7 @@ def plan_units(
                     merge.rows_kept[entry.name] = (tuple(like.shape), made.rows_kept)
                 task = host.with_parameters(task, **{MERGE: merge})
                 dtype = DEQUANTISED if dtype in FLOAT8 else dtype
+                merge.stored_dtypes[entry.name] = dtype
         units[entry.name] = Unit(entry.name, task, tuple(like.shape), dtype, passed_on)
     return PlannedUnits(tuple(units.values()), tokenizer)
 
