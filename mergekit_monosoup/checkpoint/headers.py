@@ -73,6 +73,8 @@ class Checkpoint:
     revision: str | None = None
     adapter: str | None = None
     shapes_known: bool = True
+    renamed: bool = False
+    """Whether the names of the tensors are others than those in the files."""
     notes: tuple[str, ...] = field(default=())
 
 

@@ -111,7 +111,7 @@ def write_beside(
     arch: ModelArchitecture,
     options: MergeOptions,
     tokenizer: TokenizerInfo | None,
-    described: Path | None = None,
+    described_by: Path | None = None,
 ) -> None:
     """Write all that lies beside the merged weights but the card: configuration, tokenizer and the rest.
 
@@ -120,12 +120,12 @@ def write_beside(
         source: where the files come from.
         config, arch, options: of the merge.
         tokenizer: what the recipe's own `tokenizer:` has made.
-        described: folder of the checkpoint whose configuration the result has; by default that of the files.
+        described_by: folder of the checkpoint whose config.json describes the result, where it is another.
     """
-    described = described or source.folder
     bring_files(source, out, own_tokenizer=tokenizer is not None, copy_tokenizer=options.copy_tokenizer)
     keys = [module.architecture.num_layers_config_key() for module in arch.modules.values()]
     layers = layer_sources(config, dict(zip(arch.modules, keys, strict=True)))
+    described = described_by or source.folder
     put_config_right(described, out, layers=layers, before=tensors_in(described))
     if tokenizer is not None:
         host.save_tokenizer(config, tokenizer, str(out))

@@ -224,8 +224,9 @@ class Run:
             raise RuntimeError("a run is executed before it is completed")
         path, ready, options = self._folder.path, self._prepared, self._options
         tokenizer = ready.units.tokenizer[1] if ready.units.tokenizer else None
+        # A text-only fine-tune of a larger base: the result has all of the base.
         whole = self._files_from is None and ready.described_by == ready.config.base_model
-        described = source_of(ready.described_by, options).folder if whole else None
+        described = Path(host.folder_of(ready.described_by)) if whole else None
         write_beside(path, self._source, ready.config, ready.arch, options, tokenizer, described)
         decision = ready.merge.decision
         taken = list(decision.taken) if isinstance(decision, SoupDecision) else None

@@ -43,10 +43,10 @@ class Merge:
             merged without a recipe.
         on_outcome: is told what became of each tensor; costs nothing.
         on_record: is told in figures; each tensor is then measured.
-        rows_kept: of embeddings of which only some rows are merged, the shape in the output and the number
-            of rows that the fine-tuned checkpoint alone has.
         stored_dtypes: in which dtype each tensor will be stored in the end, by its name, where that is known
             and may differ from what a method returns.
+        rows_kept: of embeddings of which only some rows are merged, the shape in the output and the number
+            of rows that the fine-tuned checkpoint alone has.
         decision: what was decided once for all tensors.
         align: measures all checkpoints' updates against each other, given which tensors count and
             whether adapters go by their factors; absent: they are read here.
