@@ -71,6 +71,8 @@ class Checkpoint:
     touched: frozenset[str] | None = None
     """Tensors that the adapter changes; None where there is none, or that is not known."""
     shapes_known: bool = True
+    renamed: bool = False
+    """Whether the names of the tensors are others than those in the files."""
     notes: tuple[str, ...] = field(default=())
 
 

@@ -18,6 +18,7 @@ from mergekit.architecture import (
     ModuleArchitecture,
     ModuleDefinition,
     WeightInfo,
+    arch_info_for_config,
     get_architecture_info,
 )
 from mergekit.architecture.json_definitions import JsonLayerTemplates, JsonModuleArchitecture
@@ -113,6 +114,9 @@ def _own_definition(
     label = class_name(models[0])
     if len({class_name(model) for model in models}) > 1:
         return _Definition(None, "the checkpoints are of different classes", True)
+    configs = [m.config(trust_remote_code=options.trust_remote_code) for m in checkpoints]
+    if any(model.renamed for model in models) and arch_info_for_config(configs[0]) is None:
+        return _Definition(None, "mergekit would infer the architecture from the names in the files", True)
     try:
         arch = _without_optional_aliases(get_architecture_info(config, options))
     # An AssertionError: mergekit looks for the files of a base with an adapter before it has merged them.

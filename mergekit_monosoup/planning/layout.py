@@ -170,6 +170,9 @@ def _architecture(
     known = json_architecture(first)
     if known is not None:
         return known
+    if any(checkpoint.renamed for checkpoint in models.values()):
+        # mergekit would infer from the names in the files.
+        return None
     if all(checkpoint.folder is not None for checkpoint in models.values()):
         return inferred_architecture(list(models.values()), _base(recipe, models))
     problems.warning(

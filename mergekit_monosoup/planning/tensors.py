@@ -164,6 +164,9 @@ class TensorPlanner:
         for name in (weight.name, *weight.aliases, *weight.tied_names):
             if name in checkpoint.tensors:
                 return checkpoint.tensors[name]
+        # Not for what may be absent: nearly every plan asks for some such tensor.
+        if weight.optional or not checkpoint.tensors:
+            return None
         stored = self._renamed(checkpoint).get(weight.name)
         return checkpoint.tensors[stored] if stored is not None else None
 
