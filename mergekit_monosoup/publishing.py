@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_monosoup.checkpoint.adapter_folder import is_adapter
+from mergekit_monosoup.checkpoint.hub import connection_errors
 from mergekit_monosoup.checkpoint.output import PARTIAL
 from mergekit_monosoup.errors import InputError, MonoSoupError
 from mergekit_monosoup.merging.adapters import check_adapter
@@ -15,8 +15,6 @@ from mergekit_monosoup.merging.verify import verify_folder
 
 # What a merge, an editor or the Hub's client leaves beside a model.
 IGNORED = (f"{PARTIAL}/**", ".cache/**", "**/__pycache__/**", "*.tmp", ".DS_Store", "**/.DS_Store")
-
-_TRANSPORTS = (("httpx", "TransportError"), ("httpx2", "TransportError"), ("requests", "ConnectionError"))
 
 
 class PublishingError(MonoSoupError):
@@ -83,7 +81,7 @@ def upload(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     api = huggingface_hub.HfApi()
-    expected: tuple[type[Exception], ...] = (RuntimeError, *_connection_errors())
+    expected: tuple[type[Exception], ...] = (RuntimeError, *connection_errors())
     try:
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -131,16 +129,7 @@ def _refusal(repo_id: str, error: Exception) -> str:
 def _lost_connection(error: BaseException | None) -> BaseException | None:
     """Return the broken connection behind an error; the client wraps those of single files."""
     while error is not None:
-        if isinstance(error, _connection_errors()):
+        if isinstance(error, connection_errors()):
             return error
         error = error.__cause__ or error.__context__
     return None
-
-
-def _connection_errors() -> tuple[type[Exception], ...]:
-    """Return what a broken connection raises; the client's HTTP library changes with its releases."""
-    found: list[type[Exception]] = [ConnectionError, TimeoutError]
-    for library, name in _TRANSPORTS:
-        if importlib.util.find_spec(library) is not None:
-            found.append(getattr(importlib.import_module(library), name))
-    return tuple(found)

@@ -21,7 +21,7 @@ def complete(folder: Path, source: str, quiet: bool) -> None:
     generation settings, tokenizer and chat templates, processors, custom code (copied, never run), modules.
     The weights stay as they are.
     """
-    from mergekit_monosoup.merging.files import complete as bring
+    from mergekit_monosoup.merging.completing import complete as bring
 
     with reported_errors():
         names = bring(folder, source)

@@ -14,23 +14,19 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_monosoup import host
+from mergekit_monosoup.alignment.soup_decision import SoupDecision
 from mergekit_monosoup.checkpoint.output import FULL, full_disk
 from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
 from mergekit_monosoup.errors import ConfigurationError, InputError, InterruptedMerge
 from mergekit_monosoup.lora.cache import prepare_lora_cache
 from mergekit_monosoup.merging.card import write_card
-from mergekit_monosoup.merging.files import (
-    changed_layers,
-    complete,
-    files_model,
-    set_chat_template,
-    source_of,
-)
+from mergekit_monosoup.merging.files import files_model, source_of, write_beside
 from mergekit_monosoup.merging.fingerprint import check_unchanged, fingerprint, stamps
 from mergekit_monosoup.merging.folder import WorkFolder
 from mergekit_monosoup.merging.journal import Done, Journal
 from mergekit_monosoup.merging.local import run_units
 from mergekit_monosoup.merging.modules import merge_modules
+from mergekit_monosoup.merging.opened import open_with_common_names
 from mergekit_monosoup.merging.prepared import Prepared, check_bases
 from mergekit_monosoup.merging.progress import Progress
 from mergekit_monosoup.merging.report import merge_recorder
@@ -159,12 +155,14 @@ class Run:
     def prepare(self, force_base: bool) -> None:
         """Open the inputs, plan the units, and lay out the output's files."""
         config, options = self._config, self._options
+        # First: a name that is wrong must not show when all is computed.
+        self._source = source_of(files_model(config, self._files_from), options, config.base_model)
         prepare_lora_cache(config, options)
         host.open_models(config.referenced_models(), options)
         for model in config.referenced_models() if self._ours else ():
             refuse_quantized_checkpoint(model)
         if self._ours and not force_base:
-            check_bases(config)
+            check_bases(config, open_with_common_names(config, as_stored=options.allow_crimes))
         self._prepared = Prepared.of(config, options, [self._take])
         self._inputs = stamps(self._prepared.models)
         layout, path = self._prepared.layout, self._folder.path
@@ -226,21 +224,18 @@ class Run:
         if self._journal is None or self._recorder is None:
             raise RuntimeError("a run is executed before it is completed")
         path, ready, options = self._folder.path, self._prepared, self._options
-        model = files_model(ready.config, self._files_from)
         tokenizer = ready.units.tokenizer[1] if ready.units.tokenizer else None
-        complete(
-            path,
-            str(model),
-            layers=changed_layers(ready.config, ready.arch, ready.out_config),
-            options=options,
-            own_tokenizer=tokenizer is not None,
+        # A text-only fine-tune of a larger base: the result has all of the base.
+        whole = self._files_from is None and ready.described_by == ready.config.base_model
+        described = Path(host.folder_of(ready.described_by)) if whole else None
+        write_beside(path, self._source, ready.config, ready.arch, options, tokenizer, described)
+        decision = ready.merge.decision
+        taken = list(decision.taken) if isinstance(decision, SoupDecision) else None
+        modules = merge_modules(
+            ready.config, options, self._source.folder, path, ours=self._ours, taken=taken
         )
-        for record in merge_modules(ready.config, source_of(model, options).folder, path, self._ours):
+        for record in modules:
             self._recorder.add(record)
-        if tokenizer is not None:
-            host.save_tokenizer(ready.config, tokenizer, str(path))
-        elif options.copy_tokenizer and (template := host.chat_template(ready.config)) is not None:
-            set_chat_template(path, template)
         self._recorder.close()
         records = self._recorder.records if self._ours else []
         note = remark(records)
@@ -254,7 +249,7 @@ class Run:
                 self._recorder.header,
                 records,
                 notes=self._journal.notes,
-                source=source_of(model, options).folder,
+                source=self._source.folder,
             )
 
     def close(self) -> None:
@@ -289,6 +284,8 @@ class Run:
 
     def _tell(self, unit: Unit, line: dict[str, Any] | None) -> None:
         record = TensorRecord.model_validate(line) if line is not None else _passed_on(unit, self._config)
+        # From workers and from the run that this one goes on with, too.
+        self._prepared.merge.note_survival(record.tensor, record.edit_survival)
         if self._bar is not None:
             self._bar.record(record)
         if self._recorder is not None:

@@ -25,7 +25,7 @@ from mergekit_monosoup.alignment.soup_decision import SoupDecision, in_words, so
 from mergekit_monosoup.alignment.stored import Alignment, Refine, align, align_loaders, loader_for
 from mergekit_monosoup.errors import ConfigurationError, NonFiniteError, ParameterError
 from mergekit_monosoup.methods.adapters import EXACT_LORA, with_exact_weights
-from mergekit_monosoup.methods.contract import MERGE, REPORT, UpdateMethod, specification
+from mergekit_monosoup.methods.contract import MERGE, REPORT, ROUNDING, UpdateMethod, specification
 from mergekit_monosoup.methods.inputs import GroupInputs
 from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.methods.outcomes import MergedWeight
@@ -60,6 +60,7 @@ _SPEC = specification(
             description="per fine-tuned model: highest first; absent: in the order listed",
         ),
         EXACT_LORA,
+        ROUNDING,
         REPORT,
     ),
 )
@@ -125,7 +126,10 @@ class SimilarityFilteredGreedySoup(UpdateMethod):
             merged,
             report=report,
             started=started,
-            parameters={key: parameters[key] for key in ("threshold", "layers")},
+            parameters={
+                **{key: parameters[key] for key in ("threshold", "layers")},
+                "rounding": inputs.storage.rounding,
+            },
             figures={"taken": len(taken)},
         )
         return merged.weight
@@ -165,7 +169,7 @@ def _average(inputs: GroupInputs) -> Tensor:
         return inputs.sole_finetuned
     whole = torch.ones(1, device="cpu")
     try:
-        result = towards_average(inputs.stored_base, inputs.stored_tuned, whole)
+        result = towards_average(inputs.stored_base, inputs.stored_tuned, whole, inputs.storage)
     except NonFiniteError:
         inputs.require_finite()
         raise inputs.overflow() from None

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_monosoup.checkpoint.headers import Checkpoint
+from mergekit_monosoup.checkpoint.naming import with_common_names
 from mergekit_monosoup.checkpoint.output import free_bytes
+from mergekit_monosoup.errors import InputError
 from mergekit_monosoup.planning.catalogue import Method, read_methods
 from mergekit_monosoup.planning.estimate import Estimate, calibrate, estimate
 from mergekit_monosoup.planning.inputs import check_inputs, check_output
-from mergekit_monosoup.planning.layout import plan_tensors
+from mergekit_monosoup.planning.layout import in_order, plan_tensors
 from mergekit_monosoup.planning.lineage import check_lineage
-from mergekit_monosoup.planning.models import read_models
+from mergekit_monosoup.planning.models import parse_reference, read_models
 from mergekit_monosoup.planning.planned import PlannedTensor
 from mergekit_monosoup.planning.problems import Problems, nearest, short
 from mergekit_monosoup.planning.recipe import Recipe, check_shape, read_recipe
@@ -79,7 +81,10 @@ def make_plan(text: str, options: PlanOptions | None = None) -> Plan:
         if not problems.errors:
             check_inputs(recipe, method, models, problems)
         if not problems.errors:
+            models = _with_common_names(recipe, models, options, problems)
+        if not problems.errors:
             check_lineage(recipe, method, models, problems, force=options.force_base)
+        if not problems.errors:
             tensors = plan_tensors(
                 recipe,
                 method,
@@ -110,3 +115,22 @@ def _method(recipe: Recipe, methods: Mapping[str, Method], problems: Problems) -
             f"unknown merge method {short(name)}{nearest(name, methods)}", recipe.line("merge_method")
         )
     return method
+
+
+def _with_common_names(
+    recipe: Recipe, models: Mapping[str, Checkpoint], options: PlanOptions, problems: Problems
+) -> dict[str, Checkpoint]:
+    if options.allow_crimes:
+        return dict(models)
+    ordered = in_order(recipe, models)
+    value = recipe.data.get("base_model")
+    base = models[str(parse_reference(value))] if value is not None else None
+    try:
+        renamed, notes = with_common_names(ordered, base)
+    except InputError as error:
+        problems.error(str(error))
+        return dict(models)
+    for note in notes:
+        problems.warning(note)
+    by_name = {model.checkpoint.name: model.checkpoint for model in renamed}
+    return {name: by_name[name] for name in models}

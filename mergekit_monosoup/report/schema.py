@@ -96,8 +96,16 @@ class TensorRecord(_Line):
     lambda_high: Figure = None
     update_norm: Figure = Field(default=None, description="||dW||_F before the edit")
     relative_update: Figure = Field(default=None, description="||dW||_F / ||W0||_F")
+    noise: Figure = Field(default=None, description="noise level sigma of a Donoho-Gavish split")
+    threshold: Figure = Field(default=None, description="tau, above which singular values count as signal")
     rounding_share: Figure = Field(
-        default=None, description="expected norm of the storage rounding in dW, over ||dW||_F"
+        default=None,
+        description="estimated norm of what rounding the fine-tuned weights changed in dW, over ||dW||_F",
+    )
+    edit_survival: Figure = Field(
+        default=None,
+        description="<W_written - W1, E> / <E, E> with E = W_edited - W1 before rounding; one fine-tuned "
+        "checkpoint only, null where E = 0",
     )
     stored_dtypes: tuple[str, ...] = Field(
         default=(), description="coarsest that hold the values exactly; base first"
