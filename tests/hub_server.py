@@ -38,7 +38,9 @@ class Hub:
     def publish(self, repo: str, folder: Path) -> None:
         """Put a local folder on the Hub."""
         self.repos[repo] = {}
-        self.files[repo, "main"] = {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
+        self.files[repo, "main"] = {
+            f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -91,7 +93,28 @@ class _Handler(BaseHTTPRequestHandler):
         self._file(with_body=False)
 
     def do_GET(self) -> None:
-        self._file(with_body=True)
+        path = urlsplit(self.path).path
+        if match := re.fullmatch(r"/api/models/(.+?)/(revision|tree)/([^/]+)", path):
+            self._begin()
+            return self._listing(match[1], match[2], match[3])
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
+            self._begin()
+            return self._listing(match[1], "revision", "main")
+        return self._file(with_body=True)
+
+    def _listing(self, repo: str, kind: str, revision: str) -> None:
+        files = self.hub.files.get((repo, "main" if revision == COMMIT else revision))
+        if files is None:
+            return self._json({"error": "no such repository"}, 404, {"X-Error-Code": "RepoNotFound"})
+        if kind == "tree":
+            oid = "0" * 40
+            entries = [
+                {"type": "file", "path": name, "size": len(content), "oid": oid}
+                for name, content in files.items()
+            ]
+            return self._json(entries)
+        siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
+        return self._json({"id": repo, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})
 
     def _begin(self) -> tuple[str, bytes]:
         path = urlsplit(self.path).path

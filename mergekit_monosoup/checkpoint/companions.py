@@ -78,7 +78,8 @@ LEFT_BEHIND = (
     ),
     Kind(
         "records of an earlier merge",
-        ("mergekit_config.y*ml", "mergekit_moe_config.y*ml", "monosoup_*", "monosoup.lock"),
+        ("mergekit_config.y*ml", "mergekit_moe_config.y*ml", "monosoup_*", "monosoup_figures/",
+         "monosoup.lock"),
         "written anew",
     ),
     Kind(
@@ -95,7 +96,7 @@ CONFIGURATION = Kind(
 TOKENIZER = Kind(
     "tokenizer and chat templates",
     (
-        "tokenizer*.json", "tokenizer*.model", "tokenizer_config.json", "special_tokens_map.json",
+        "tokenizer*.json", "tokenizer*.model*", "special_tokens_map.json",
         "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model",
         "*.tiktoken", "tekken.json", "chat_template*.json", "chat_template*.jinja",
         "additional_chat_templates/",
@@ -166,6 +167,15 @@ def _matches(name: str, kind: Kind) -> bool:
         elif fnmatch.fnmatchcase(file, pattern):
             return True
     return False
+
+
+def patterns_left_behind() -> list[str]:
+    """Return glob patterns of what is left behind, in the form in which the Hub's client takes them."""
+    found = ["README.md"]
+    for pattern in (pattern for kind in LEFT_BEHIND for pattern in kind.patterns):
+        plain = f"{pattern}*" if pattern.endswith("/") else pattern
+        found += [plain, f"*/{plain}"]
+    return found
 
 
 def companions(folder: Path) -> Companions:
@@ -288,7 +298,7 @@ def difference(base: Path, finetuned: Path) -> str | None:
     if not changed:
         return None
     listed = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
-    return f"its own {listed}"
+    return listed if changed[0].startswith("no ") else f"its own {listed}"
 
 
 def _same(name: str, one: Path, other: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mergekit_monosoup.checkpoint.adapter_folder import CONFIG, PICKLE, WEIGHTS
-from mergekit_monosoup.checkpoint.companions import is_taken, modules_in
+from mergekit_monosoup.checkpoint.companions import is_taken, modules_in, patterns_left_behind
 from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor, read_config, read_folder
 from mergekit_monosoup.checkpoint.safetensors_file import MOST_TENSORS, checked_entries
 from mergekit_monosoup.errors import InputError
@@ -45,18 +45,13 @@ def fetch_companions(repo: str, revision: str | None, cache: str | None = None) 
     Raises:
         InputError: no such repository, no access, or nothing in the cache.
     """
-    import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         try:
             return _fetch(repo, revision, cache)
         except connection_errors():
-            return Path(
-                huggingface_hub.snapshot_download(
-                    repo, revision=revision, cache_dir=cache, local_files_only=True
-                )
-            )
+            return _cached_folder(repo, revision, cache)
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise InputError(
             f"the files of {repo} cannot be had from the Hub ({error}); check the spelling, or name a folder"
@@ -89,6 +84,27 @@ def _fetch(repo: str, revision: str | None, cache: str | None) -> Path:
     for name in wanted:
         get(name)
     return get("config.json").parent
+
+
+def _cached_folder(repo: str, revision: str | None, cache: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            cache_dir=cache,
+            local_files_only=True,
+            ignore_patterns=patterns_left_behind(),
+        )
+    except LocalEntryNotFoundError as error:
+        config = huggingface_hub.try_to_load_from_cache(repo, "config.json", cache, revision)
+        if not isinstance(config, str):
+            raise
+        LOG.warning("the Hub cannot be reached, and its cache may lack files of %s (%s)", repo, error)
+        return Path(config).parent
+    return Path(found)
 
 
 def read_hub(name: str, repo: str, revision: str | None) -> Checkpoint:

@@ -30,7 +30,7 @@ def write_card(
     header: ReportHeader | None = None,
     records: Sequence[TensorRecord] = (),
     notes: Sequence[str] = (),
-    source: Path | None = None,
+    sources: Sequence[Path] = (),
 ) -> None:
     """Write `README.md` and `mergekit_config.yml`, as mergekit does, into `folder`.
 
@@ -42,7 +42,7 @@ def write_card(
         name: title of the card.
         header, records: report of the merge, for a section of its own; without records there is none.
         notes: paragraphs to add at its end.
-        source: folder of the checkpoint whose licence, languages and kind carry over.
+        sources: folders of the checkpoint whose licence, languages and kind carry over, the first before all.
     """
     shown = PublicRecipe(recipe)
     config = MergeConfiguration.model_validate(shown.content)
@@ -60,21 +60,25 @@ def write_card(
         ("tags", [*known.get("tags", []), config.merge_method]),
     ):
         setattr(card.data, key, value)
-    for key, value in _carried_over(source).items():
+    carried: dict[str, Any] = {}
+    for source in sources:
+        carried = _carried_over(source) | carried
+    for key, value in carried.items():
         setattr(card.data, key, value)
     (folder / "README.md").write_text(str(card), "utf-8")
     (folder / "mergekit_config.yml").write_text(recipe, "utf-8")
 
 
-def _carried_over(source: Path | None) -> dict[str, Any]:
-    """Return what the card of the source says of licence, languages and kind of model."""
-    if source is None or not (source / "README.md").is_file():
+def _carried_over(source: Path) -> dict[str, Any]:
+    """Return what the card of a checkpoint says of licence, languages and kind of model."""
+    if not (source / "README.md").is_file():
         return {}
     try:
         known = metadata_load(source / "README.md") or {}
     except (ValueError, OSError, YAMLError):
         return {}
-    return {key: known[key] for key in _CARRIED if key in known}
+    # The result of an adapter is none.
+    return {key: known[key] for key in _CARRIED if known.get(key) not in (None, "peft")}
 
 
 def _figures(folder: Path, records: Sequence[TensorRecord]) -> list[Path]:

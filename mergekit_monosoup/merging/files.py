@@ -43,6 +43,11 @@ class Source:
     adapter: Path | None = None
     stand_in: Path | None = None
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders whose word counts, the first one most."""
+        return (self.folder,) if self.adapter is None else (self.adapter, self.folder)
+
 
 def files_model(config: MergeConfiguration, wanted: str | None = None) -> ModelReference:
     """Return the model that the files of a merge come from.
@@ -160,10 +165,10 @@ def bring_files(
         name: source.folder / name for name in found.taken if name != "config.json" and not is_tokenizer(name)
     }
     if copy_tokenizer and not own_tokenizer:
-        folders = [f for f in (source.adapter, source.folder, source.stand_in) if f is not None]
-        tokenizer = tokenizer_files(folders)
+        stand_in = (source.stand_in,) if source.stand_in is not None else ()
+        tokenizer = tokenizer_files((*source.folders, *stand_in))
         taken |= tokenizer
-        if source.stand_in is not None and source.stand_in in {f.parent for f in tokenizer.values()}:
+        if stand_in and stand_in[0] in {file.parent for file in tokenizer.values()}:
             LOG.warning("%s has no tokenizer; the result has that of the base", source.model)
     for name, path in sorted(taken.items()):
         _copy(path, out / name)
@@ -252,11 +257,10 @@ def check_fits(model: str, before: Tensors, shapes: Mapping[str, tuple[int, ...]
     Raises:
         InputError: the result cannot be a merge of that model.
     """
-    shared = [name for name in shapes if name in before]
-    # Vocabularies may differ; widths may not.
-    other = [name for name in shared if shapes[name][1:] != before[name].shape[1:]]
-    if before and (other or not shared):
-        example = f"tensor {other[0]} has another shape there" if other else "they share no tensor"
+    # Vocabularies may differ; widths may not. Names may be those of another version of transformers.
+    other = [name for name in shapes if name in before and shapes[name][1:] != before[name].shape[1:]]
+    if other:
         raise InputError(
-            f"the files of {model} do not go with these weights: {example}; name the fine-tuned model"
+            f"the files of {model} do not go with these weights: tensor {other[0]} has another shape there; "
+            "name the fine-tuned model of the merge"
         )

@@ -20,7 +20,7 @@ from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
 from mergekit_monosoup.errors import ConfigurationError, InputError, InterruptedMerge
 from mergekit_monosoup.lora.cache import prepare_lora_cache
 from mergekit_monosoup.merging.card import write_card
-from mergekit_monosoup.merging.files import files_model, source_of, write_beside
+from mergekit_monosoup.merging.files import check_fits, files_model, source_of, tensors_in, write_beside
 from mergekit_monosoup.merging.fingerprint import check_unchanged, fingerprint, stamps
 from mergekit_monosoup.merging.folder import WorkFolder
 from mergekit_monosoup.merging.journal import Done, Journal
@@ -164,6 +164,9 @@ class Run:
         if self._ours and not force_base:
             check_bases(config, open_with_common_names(config, as_stored=options.allow_crimes))
         self._prepared = Prepared.of(config, options, [self._take])
+        if self._files_from is not None:
+            shapes = {unit.name: unit.shape for unit in self._prepared.units.units}
+            check_fits(self._source.model, tensors_in(self._source.folder), shapes)
         self._inputs = stamps(self._prepared.models)
         layout, path = self._prepared.layout, self._folder.path
         said = fingerprint(self._recipe, options, self._inputs, layout)
@@ -249,7 +252,7 @@ class Run:
                 self._recorder.header,
                 records,
                 notes=self._journal.notes,
-                source=self._source.folder,
+                sources=self._source.folders,
             )
 
     def close(self) -> None:

@@ -84,7 +84,6 @@ def make_plan(text: str, options: PlanOptions | None = None) -> Plan:
             models = _with_common_names(recipe, models, options, problems)
         if not problems.errors:
             check_lineage(recipe, method, models, problems, force=options.force_base)
-        if not problems.errors:
             tensors = plan_tensors(
                 recipe,
                 method,

@@ -44,8 +44,8 @@ class TensorPlanner:
         self.planned: list[PlannedTensor] = []
         self.asked: dict[str, list[Weight]] = {}
         self.lacking = False
-        self.misshapen = ""
         self._by_class: dict[str, Mapping[str, str]] = {}
+        self.misshapen = ""
         self._used: dict[str, set[str]] = {}
 
     def plan_module(
