@@ -15,6 +15,7 @@ from mergekit_monosoup.planning.estimate import Speed, estimate
 from mergekit_monosoup.planning.folding import folded
 from mergekit_monosoup.planning.plan import PlanOptions, make_plan
 from mergekit_monosoup.planning.planned import PlannedTensor
+from mergekit_monosoup.planning.problems import Problems
 
 SPEED = Speed(flops=1e11, eigen_flops=1e10, bytes=1e10, hashed_bytes=1e9, cores=2)
 
@@ -66,8 +67,17 @@ def test_many_tensors_of_a_kind_are_one_finding(tmp_path, family):
     copy = copy_with_tensors(models.tuned[0], tmp_path / "few", tensors)
     found = make_plan(yaml.safe_dump(recipe(models.base, copy)), PlanOptions(costs=False)).problems
     (problem,) = found.errors
-    assert "16 more" in str(problem)
+    assert "self_attn" in str(problem)
     assert len(str(problem)) < 400
+
+
+def test_findings_of_a_kind_are_counted():
+    found = Problems()
+    for index in range(5):
+        found.about(f"w{index}", "missing in x")
+    found.about("w9", "missing in y", severity="warning")
+    assert [str(p) for p in found.errors] == ["tensors w0, w1 and 3 more: missing in x"]
+    assert [str(p) for p in found.warnings] == ["tensor w9: missing in y"]
 
 
 class TestEstimate:

@@ -91,8 +91,9 @@ def _report_lost(lost: Mapping[str, Sequence[str]], problems: Problems) -> None:
     for name, tensors in lost.items():
         if tensors:
             listed = ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
+            count = "1 tensor" if len(tensors) == 1 else f"{len(tensors)} tensors"
             problems.warning(
-                f"{len(tensors)} tensors of {name} will not be in the output ({listed}): neither "
+                f"{count} of {name} will not be in the output ({listed}): neither "
                 "mergekit's definition of the architecture nor the layers chosen have them"
             )
 
@@ -118,7 +119,7 @@ def _plan_by_name(
         problems.warning(note)
     if reason is not None and not (layout is not None and layout.notes):
         how = (
-            "`mergekit-monosoup merge` takes the tensors by their names in the files instead"
+            "tensors are taken by their names in the files instead"
             if layout is not None
             else "this plan goes by the names in the headers, and the merge may fail"
         )

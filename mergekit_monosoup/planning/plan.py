@@ -78,7 +78,8 @@ def make_plan(text: str, options: PlanOptions | None = None) -> Plan:
     # Without a sound recipe, further findings would only be its echoes.
     if not problems.errors and method is not None:
         models = read_models(recipe, problems)
-        check_inputs(recipe, method, models, problems)
+        if not problems.errors:
+            check_inputs(recipe, method, models, problems)
         if not problems.errors:
             models = _with_common_names(recipe, models, options, problems)
         if not problems.errors:
