@@ -23,7 +23,7 @@ from mergekit_monosoup.checkpoint.dequantised import has_scales
 from mergekit_monosoup.checkpoint.headers import read_folder
 from mergekit_monosoup.checkpoint.lineage import SAMPLED_TENSORS, BaseWatch, check_base
 from mergekit_monosoup.errors import ConfigurationError, InputError
-from mergekit_monosoup.lora.cache import prepare_lora_cache
+from mergekit_monosoup.merging.adapters import adapters_opened
 from mergekit_monosoup.merging.architecture import fitting_architecture
 from mergekit_monosoup.merging.card import write_card
 from mergekit_monosoup.merging.local import run_units
@@ -39,6 +39,9 @@ from mergekit_monosoup.report.rounding import sample
 from mergekit_monosoup.report.schema import TensorRecord
 
 LOG = logging.getLogger(__name__)
+
+# Folder for what peft has to merge; gone before the result is put in its place.
+MERGED_ADAPTERS = "merged-adapters"
 
 
 def merge_to_folder(
@@ -67,8 +70,10 @@ def merge_to_folder(
     plan = _checked_plan(recipe, out_path, options, overwrite)
     config = MergeConfiguration.model_validate(yaml.safe_load(recipe))
     ours = plan.method is not None and plan.method.ours
-    with _staged(out_path, overwrite) as staging:
-        prepare_lora_cache(config, options)
+    with (
+        _staged(out_path, overwrite) as staging,
+        adapters_opened(config, options, staging / MERGED_ADAPTERS),
+    ):
         host.open_models(config.referenced_models(), options)
         if ours and not force_base:
             check_bases(config)
@@ -176,7 +181,6 @@ def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, overwrite:
             overwrite=overwrite,
             allow_crimes=options.allow_crimes,
             truncate_embeddings=options.unsafe_truncate_embeddings,
-            lora_cache=options.lora_merge_cache is not None,
             costs=False,
         ),
     )

@@ -20,6 +20,8 @@ from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from mergekit_monosoup import host
 from mergekit_monosoup.checkpoint.float8 import DEQUANTISED, FLOAT8
 from mergekit_monosoup.checkpoint.headers import header_of
+from mergekit_monosoup.lora.adapted import AdaptedLoader
+from mergekit_monosoup.merging.adapters import base_models, with_adapters
 from mergekit_monosoup.methods.contract import MERGE, UpdateMethod
 from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.report.schema import Action
@@ -78,13 +80,13 @@ def plan_units(
     planned, builder = host.plan_tasks(config, arch, options, out_config)
     tokenizer = (builder, host.run_task(builder)) if builder is not None else None
     shapes = host.Shapes(
-        {model: stored_shapes(model) for model in config.referenced_models()},
+        {model: stored_shapes(model) for model in (*config.referenced_models(), *base_models(config))},
         tokenizer[1] if tokenizer else None,
     )
     ours = isinstance(merge_methods.get(config.merge_method), UpdateMethod)
     units = []
     for entry in planned:
-        task = entry.task
+        task = with_adapters(entry.task, merge)
         like = shapes.of(task)
         if like is None:
             continue
@@ -105,6 +107,8 @@ def stored_shapes(model: ModelReference) -> Mapping[str, tuple[tuple[int, ...], 
     loader = host.loader_of(model)
     if loader is None:
         return {}
+    if isinstance(loader, AdaptedLoader):
+        return loader.shapes(stored_shapes(loader.base_model))
     index = loader.index
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for shard in index.shards:

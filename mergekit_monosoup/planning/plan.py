@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.checkpoint.lineage import can_check, check_base
-from mergekit_monosoup.errors import ConfigurationError
+from mergekit_monosoup.errors import AdapterError, ConfigurationError, UnsupportedAdapterError
 from mergekit_monosoup.planning.catalogue import Method, find_method
 from mergekit_monosoup.planning.estimate import Estimate, calibrate, estimate, free_bytes
 from mergekit_monosoup.planning.layout import plan_tensors
@@ -32,8 +32,6 @@ class PlanOptions:
     allow_crimes: bool = False
     truncate_embeddings: bool = False
     shard_bytes: float = DEFAULT_SHARD_BYTES
-    lora_cache: bool | None = None
-    """Whether a folder for merged adapters is given; None where it is not known yet."""
     costs: bool = True
     """Whether to calibrate and estimate."""
 
@@ -92,7 +90,7 @@ def make_plan(text: str, options: PlanOptions | None = None) -> Plan:
             )
             check_filters(recipe, [tensor.tensor for tensor in tensors], problems)
             messages = _check_bases(recipe, models, method)
-    _check_adapters(recipe, models, options, problems)
+    _check_adapters(models, problems)
     where = options.out or Path.cwd()
     free = free_bytes(where)
     if options.out is not None:
@@ -174,13 +172,22 @@ def _check_bases(recipe: Recipe, models: Mapping[str, Checkpoint], method: Metho
     return messages
 
 
-def _check_adapters(
-    recipe: Recipe, models: Mapping[str, Checkpoint], options: PlanOptions, problems: Problems
-) -> None:
-    adapted = [name for name, checkpoint in models.items() if checkpoint.adapter]
-    if adapted and options.lora_cache is not True:
-        message = (
-            f"{adapted[0]} has an adapter, which mergekit merges first; pass --lora-merge-cache FOLDER "
-            "to merge"
-        )
-        (problems.error if options.lora_cache is False else problems.warning)(message)
+def _check_adapters(models: Mapping[str, Checkpoint], problems: Problems) -> None:
+    """Warn of local adapters that are not read beside their base but merged by peft first."""
+    for name, checkpoint in models.items():
+        folder = Path(checkpoint.adapter or "")
+        if checkpoint.adapter is None or not folder.is_dir():
+            continue
+        # Not before an adapter is met: it brings peft.
+        from mergekit_monosoup.lora.adapter import read_config
+        from mergekit_monosoup.lora.variants import refuse_nonlinear
+
+        try:
+            refuse_nonlinear(read_config(str(folder), folder), str(folder))
+        except UnsupportedAdapterError:
+            problems.warning(
+                f"the adapter of {name} is not linear LoRA: peft merges it into a copy of the whole base, which "
+                "is removed in the end"
+            )
+        except AdapterError as error:
+            problems.error(str(error))
