@@ -50,7 +50,7 @@ class AdaptedLoader(LazyTensorLoader):  # type: ignore[misc]
         """
         self.base_model, self.base, self.folder = base_model, base, adapter.folder
         self.placement, self.dtype = placement, dtype
-        held = base.index.tensor_paths
+        held, shards = base.index.tensor_paths, base.index.shards
         self.is_float8 = has_scales(held)
         paths = {name: shard for name, shard in held.items() if not is_scale(name, held)}
         for name in paths:
@@ -61,10 +61,7 @@ class AdaptedLoader(LazyTensorLoader):  # type: ignore[misc]
             is_safetensors=base.index.is_safetensors,
             tensor_paths={**paths, **dict.fromkeys(self.own, SAFETENSORS_WEIGHTS_NAME)},
             shards=[
-                *(
-                    ShardInfo(s.filename, [k for k in s.contained_keys if k in paths])
-                    for s in base.index.shards
-                ),
+                *(ShardInfo(s.filename, [k for k in s.contained_keys if k in paths]) for s in shards),
                 *([ShardInfo(SAFETENSORS_WEIGHTS_NAME, list(self.own))] if self.own else []),
             ],
         )

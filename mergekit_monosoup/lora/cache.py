@@ -31,7 +31,7 @@ MARKER = "mergekit-monosoup-lora.json"
 
 
 def prepare_lora_cache(references: Sequence[ModelReference], options: MergeOptions) -> None:
-    """Have peft merge adapters into the cache of the options, so that mergekit finds whole and matching folders.
+    """Have peft merge adapters into the cache of the options, so that mergekit finds whole folders.
 
     Folders that are incomplete, of another dtype, of another version of the adapter or without a marker
     are built again, and a warning says why.

@@ -118,7 +118,7 @@ class Adapters:
         )
 
     def made_of(self, reference: ModelReference, output: str, source: str | None) -> None:
-        """Take note that an input of a tensor is base + adapter and no merged copy, so that it needs no witness.
+        """Take note that an input is base + adapter and no merged copy, so that it needs no witness.
 
         Args:
             reference: the input.

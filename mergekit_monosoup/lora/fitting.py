@@ -42,7 +42,7 @@ def with_prefix(adapter: Adapter, model: Any) -> Mapping[str, Tensor]:
             continue
         if all(new + m.removeprefix(old) in modules for m in named.values()):
             LOG.warning(
-                "adapter %s: its names begin with %r where those of the base begin with %r (%s); read as such",
+                "adapter %s: names that begin with %r are read as %r, as those of the base do (%s)",
                 adapter.source,
                 PREFIX + old,
                 PREFIX + new,

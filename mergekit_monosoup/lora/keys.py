@@ -36,8 +36,8 @@ def plain_keys(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if tensor.numel() == 0:
             raise AdapterError(
-                f"adapter {source}: {key} is of shape {list(tensor.shape)}: it was saved under ZeRO-3 without "
-                "gathering; save it again with stage3_gather_16bit_weights_on_model_save"
+                f"adapter {source}: {key} is of shape {list(tensor.shape)}, so the adapter was saved under "
+                "ZeRO-3 without gathering; save it again with stage3_gather_16bit_weights_on_model_save"
             )
     renamed = {_WRAPPERS.sub("", key): tensor for key, tensor in tensors.items()}
     for prefix, rename in _PREFIXES:

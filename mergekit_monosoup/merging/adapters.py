@@ -69,7 +69,7 @@ def _open_linear(reference: ModelReference, config: MergeConfiguration, options:
             dtype=dtype_from_name(options.lora_merge_dtype),
         )
     except UnsupportedAdapterError as error:
-        LOG.warning("%s: merged by peft into a copy of the base first (%s)", reference, error)
+        LOG.info("%s: merged by peft into a copy of the base first (%s)", reference, error)
         return False
     return True
 
@@ -103,7 +103,9 @@ class AdaptedTensor(Task[Tensor | None]):  # type: ignore[misc]
         loader = host.loader_of(self.model)
         if base is None or not isinstance(loader, AdaptedLoader):
             return None
-        value = loader.adapted(self.tensor, base)
+        # As stored, although the recipe may have widened it: that is where peft rounds.
+        stored = loader.stored_dtype(self.tensor)
+        value = loader.adapted(self.tensor, base if stored is None else base.to(stored))
         dtype = dtype_from_name(self.dtype)
         return value if dtype is None else value.to(dtype)
 

@@ -186,8 +186,8 @@ def _check_adapters(models: Mapping[str, Checkpoint], problems: Problems) -> Non
             refuse_nonlinear(read_config(str(folder), folder), str(folder))
         except UnsupportedAdapterError:
             problems.warning(
-                f"the adapter of {name} is not linear LoRA: peft merges it into a copy of the whole base, which "
-                "is removed in the end"
+                f"the adapter of {name} is not linear LoRA: peft merges it into a copy of the whole base, "
+                "which is removed in the end"
             )
         except AdapterError as error:
             problems.error(str(error))
