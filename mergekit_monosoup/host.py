@@ -211,6 +211,11 @@ def finish_folder(
             out_config, arch, tokenizer.tokenizer, pad_to_multiple_of=multiple
         )
     out_config.save_pretrained(folder)
+    donor = config.base_model or config.referenced_models()[0]
+    if donor.lora is not None:
+        # mergekit would merge the adapter, for the sake of files that the base has.
+        donor = donor.model_copy(update={"lora": None})
+        config = config.model_copy(update={"base_model": donor})
     if tokenizer is not None:
         mergekit_merge._set_chat_template(tokenizer.tokenizer, config)
         tokenizer.tokenizer.save_pretrained(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +21,10 @@ from mergekit_monosoup.checkpoint.scales import is_scale, scale_name
 from mergekit_monosoup.lora.adapter import Adapter, read_adapter
 from mergekit_monosoup.lora.hollow import place
 from mergekit_monosoup.lora.placement import Change, Placement
+
+LOG = logging.getLogger(__name__)
+
+_QUANTISED = re.compile(r"[-_.](bnb|gptq|awq|hqq|[48]-?bit|int[48]|nf4|fp8|w4a16)\b", re.IGNORECASE)
 
 
 class AdaptedLoader(LazyTensorLoader):  # type: ignore[misc]
@@ -84,6 +90,9 @@ class AdaptedLoader(LazyTensorLoader):  # type: ignore[misc]
             UnsupportedAdapterError: the adapter has to be merged by peft itself.
         """
         adapter = read_adapter(str(reference.lora))
+        trained_on = str(adapter.settings.get("base_model_name_or_path") or "")
+        if _QUANTISED.search(trained_on):
+            LOG.info("%s: trained on %s, a quantised copy of its base", reference.lora, trained_on)
         return cls(base_model, base, adapter, place(reference, adapter, trust_remote_code), dtype)
 
     def get_tensor(

@@ -189,7 +189,8 @@ def _changes(adapted: PeftModel, shells: dict[str, nn.Parameter]) -> dict[str, C
                     low_rank.setdefault(alias, []).append(update)
             if module.lora_bias.get(_NAME):
                 b = module.lora_B[_NAME].bias.data
-                shift[f"{plain}.bias"] = b * module.scaling[_NAME]
+                wide = torch.promote_types(b.dtype, torch.float32)
+                shift[f"{plain}.bias"] = b.to(wide) * module.scaling[_NAME]
     # What is no shell any more has been filled by the adapter: biases and embeddings saved along.
     for path, parameter in adapted.named_parameters(remove_duplicate=False):
         if id(parameter) not in aliases and not any(part in path for part in _OF_THE_ADAPTER):
