@@ -104,9 +104,8 @@ def _own_definition(
 ) -> _Definition:
     label = _class_name(*next(iter(configs.items())))
     try:
-        arch = _without_optional_aliases(get_architecture_info(config, options))
-    # An AssertionError: mergekit looks for the files of a base with an adapter before it has merged them.
-    except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        arch = _without_optional_aliases(get_architecture_info(_without_adapters(config), options))
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         return _Definition(None, f"mergekit cannot infer the architecture {label} ({error})", True)
     lost = None
     for model, model_config in configs.items():
@@ -118,6 +117,19 @@ def _own_definition(
         if found.lost and lost is None:
             lost = f"mergekit's definition of {label} leaves out {describe(found.lost)} of {model}"
     return _Definition(arch, lost)
+
+
+def _without_adapters(config: MergeConfiguration) -> MergeConfiguration:
+    """Return a recipe of the same checkpoints, of which mergekit can look at the files."""
+    models = config.referenced_models()
+    if not any(model.lora for model in models):
+        return config
+    bare = {model: model.model_copy(update={"lora": None}) for model in models}
+    base = bare[config.base_model] if config.base_model is not None else None
+    listed = [{"model": model} for model in dict.fromkeys(bare.values())]
+    return MergeConfiguration.model_validate(
+        {"merge_method": config.merge_method, "models": listed, "base_model": base}
+    )
 
 
 def _without_optional_aliases(arch: ModelArchitecture) -> ModelArchitecture:
