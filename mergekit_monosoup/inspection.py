@@ -14,7 +14,9 @@ from torch import Tensor
 from mergekit_monosoup.checkpoint.float8 import FLOAT8, dequantise, missing_scale
 from mergekit_monosoup.checkpoint.lineage import BaseWatch
 from mergekit_monosoup.checkpoint.scales import is_scale, scale_name
-from mergekit_monosoup.errors import InputError, NonFiniteError, ShapeMismatchError
+from mergekit_monosoup.errors import NonFiniteError, ShapeMismatchError
+from mergekit_monosoup.lora.adapted import AdaptedLoader, adapter_folder
+from mergekit_monosoup.lora.exact import same_base, update_of
 from mergekit_monosoup.report.measure import edit_fields, frobenius_norm, tensor_record
 from mergekit_monosoup.report.rounding import sample
 from mergekit_monosoup.report.schema import Action, SpectrumCurve, TensorRecord
@@ -43,7 +45,7 @@ class Inspection:
     @property
     def folders(self) -> list[Path]:
         """Where the checkpoints lie."""
-        return [Path(loader.index.base_path) for loader in self._loaders]
+        return [adapter_folder(loader) or Path(loader.index.base_path) for loader in self._loaders]
 
     @property
     def tensors(self) -> list[str]:
@@ -104,7 +106,7 @@ class Inspection:
                 reason="not floating-point",
                 method="inspect",
             )
-        updates = [_update(name, self.names[i], stored[0], stored[i]) for i in range(1, len(stored))]
+        updates = [self._update(i, name, stored) for i in range(1, len(stored))]
         mean = updates[0] if len(updates) == 1 else torch.stack(updates).mean(0)
         view = choose_view(shape, name)
         matrix = view.decomposes
@@ -127,6 +129,15 @@ class Inspection:
             cosines=self._cosines(updates),
         )
 
+    def _update(self, index: int, name: str, stored: Sequence[Tensor]) -> Tensor:
+        """Return the update of one checkpoint; of an adapter on the base, by its factors."""
+        loader, base = self._loaders[index], stored[0]
+        if isinstance(loader, AdaptedLoader) and same_base(loader.base_model, self.names[0]):
+            exact = update_of(loader.placement.change_of(name), base)
+            if exact is not None:
+                return exact.materialise(base if base.dtype == torch.float64 else base.float())
+        return _update(name, self.names[index], base, stored[index])
+
     def _look_at_base(self, name: str, label: str, base: Tensor, finetuned: Tensor) -> None:
         if self._watch.has_seen_enough(label):
             return
@@ -147,9 +158,9 @@ class Inspection:
 
 def _loader(name: str, cache_dir: str | None) -> LazyTensorLoader:
     reference = ModelReference.parse(name)
-    if reference.lora is not None:
-        raise InputError(f"{name} has an adapter; merge it into its base first, and name the result")
-    return reference.lazy_loader(cache_dir=cache_dir, lazy_unpickle=True)
+    base = reference.model_copy(update={"lora": None})
+    loader = base.lazy_loader(cache_dir=cache_dir, lazy_unpickle=True)
+    return loader if reference.lora is None else AdaptedLoader.open(reference, base, loader)
 
 
 def _stored(loader: LazyTensorLoader, name: str, model: str, device: str) -> Tensor:

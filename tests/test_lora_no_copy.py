@@ -280,3 +280,20 @@ def test_plan_and_merge_agree_on_adapters(tmp_path):
         assert result.exit_code == 0, result.output
         assert "--lora-merge-cache" not in result.output
         assert ("not linear" in result.output) == bool(options)
+
+
+def test_inspect_takes_the_update_from_the_factors(tmp_path):
+    base = write_base("plain", tmp_path / "base")
+    adapter = make_adapter("plain", tmp_path / "adapter", scale=0.01)
+    out = tmp_path / "inspect.json"
+    result = CliRunner().invoke(main, ["inspect", str(base), f"{base}+{adapter}", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    found = {r["tensor"]: r for r in records if "tensor" in r}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    dw = exact_updates("plain", adapter)[name]
+    assert abs(found[name]["update_norm"] - np.linalg.norm(dw)) <= 1e-5 * np.linalg.norm(dw)
+    # Of the merge, rounding included, it would be that of noise: some 30.
+    assert found[name]["effective_rank"] < 4
+    inputs = next(r for r in records if "inputs" in r)["inputs"]
+    assert "adapter_model.safetensors" in inputs[1]["files"]

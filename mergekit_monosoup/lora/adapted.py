@@ -27,7 +27,7 @@ LOG = logging.getLogger(__name__)
 _QUANTISED = re.compile(r"[-_.](bnb|gptq|awq|hqq|[48]-?bit|int[48]|nf4|fp8|w4a16)\b", re.IGNORECASE)
 
 
-class AdaptedLoader(LazyTensorLoader):  # type: ignore[misc]
+class AdaptedLoader(LazyTensorLoader):
     """The tensors of a base as peft would merge an adapter into them, each when it is asked for.
 
     Names are the base's, and those of tensors that only the adapter has, such as a new head. A float8

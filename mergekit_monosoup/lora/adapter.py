@@ -23,7 +23,8 @@ from torch import Tensor
 
 from mergekit_monosoup.errors import AdapterError, NonFiniteError, ShapeMismatchError, UnsupportedAdapterError
 from mergekit_monosoup.lora.factors import LowRankUpdate
-from mergekit_monosoup.lora.keys import PREFIX, plain_keys
+from mergekit_monosoup.lora.keys import PREFIX as PREFIX
+from mergekit_monosoup.lora.keys import plain_keys
 from mergekit_monosoup.lora.stacks import with_peft_layout
 from mergekit_monosoup.lora.variants import refuse_nonlinear
 

@@ -76,7 +76,7 @@ class Adapters:
         reference, name = entry.id, metadata.name
         if not isinstance(reference, ModelReference) or reference.lora is None or name is None:
             return None
-        if not _same_base(reference, base.id):
+        if not same_base(reference, base.id):
             self._warn(
                 str(reference),
                 f"its update is taken from the merged weights: base_model is {base.id}, "
@@ -102,7 +102,7 @@ class Adapters:
                 f"the update of {name}, and of others like it, is taken from the merged weights ({error})",
             )
             return None
-        update = _update(change, base.tensor)
+        update = update_of(change, base.tensor)
         if update is not None and self._is_that_of(entry, base, update, metadata):
             return update
         if metadata.vocabulary_axis is not None:
@@ -165,7 +165,10 @@ class Adapters:
                 LOG.warning("%s: %s", subject, message)
 
 
-def _same_base(reference: ModelReference, base: object) -> bool:
+def same_base(reference: ModelReference, base: object) -> bool:
+    """Say whether a reference names the model `base`, without an adapter, before its own."""
+    if isinstance(base, str):
+        base = ModelReference.parse(base)
     return (
         isinstance(base, ModelReference)
         and base.lora is None
@@ -177,7 +180,8 @@ def _spelled(path: ModelPath) -> str:
     return os.path.realpath(path.path) if os.path.exists(path.path) else str(path)
 
 
-def _update(change: Change | None, base: Tensor) -> ExactUpdate | None:
+def update_of(change: Change | None, base: Tensor) -> ExactUpdate | None:
+    """Return the update that an adapter stands for, given the base's tensor; None where the shapes differ."""
     if change is None:
         return ExactUpdate()
     dense = None

@@ -102,7 +102,7 @@ class NameMap:
         count = shape[0] * shape[1] if len(shape) == 3 else shape[0]
         numbers = torch.arange(count).reshape(*shape[:-1], 1)
         try:
-            reverse = copy.deepcopy(converter).reverse_transform()
+            reverse: Any = copy.deepcopy(converter).reverse_transform()
             renamed, pattern = reverse.rename_source_key(whole)
             reverse.add_tensor(renamed, whole, pattern, numbers)
             split = reverse.convert(renamed, config=self._config)

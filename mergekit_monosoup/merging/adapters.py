@@ -86,7 +86,7 @@ def base_models(config: MergeConfiguration) -> list[ModelReference]:
     return [loader.base_model for loader in loaders if isinstance(loader, AdaptedLoader)]
 
 
-class AdaptedTensor(Task[Tensor | None]):  # type: ignore[misc]
+class AdaptedTensor(Task[Tensor | None]):
     """A tensor of a base with an adapter on it, made of the base's tensor, which is read once for both."""
 
     model: ModelReference
@@ -119,7 +119,7 @@ class AdaptedTensor(Task[Tensor | None]):  # type: ignore[misc]
         return True
 
 
-class AdaptedGather(GatherTensors):  # type: ignore[misc]
+class AdaptedGather(GatherTensors):
     """Gather the inputs of a tensor, those with adapters from base and factors."""
 
     def arguments(self) -> dict[str, Task[Any]]:
