@@ -77,6 +77,15 @@ def test_names_are_seen_through(change, said, tmp_path, caplog):
     assert all(torch.equal(tensors[n], want[n]) for n in tensors)
 
 
+def test_factors_of_embeddings_under_the_adapters_name(tmp_path):
+    adapter = make_adapter("embeddings", tmp_path / "adapter")
+    suffixes = (("embedding_A", "embedding_A.default"), ("embedding_B", "embedding_B.default"))
+    other = _rewritten(adapter, tmp_path / "other", _renamed(*suffixes))
+    found, plain = read_adapter(str(other)).tensors, load_file(adapter / WEIGHTS)
+    assert any(key.endswith("lora_embedding_A") for key in plain)
+    assert found.keys() == plain.keys()
+
+
 def test_whole_tensors_under_the_adapters_name(tmp_path):
     base = write_base("saved-modules", tmp_path / "base")
     adapter = make_adapter("saved-modules", tmp_path / "adapter")

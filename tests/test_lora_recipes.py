@@ -199,15 +199,20 @@ def test_spelling_of_the_base_does_not_matter(tmp_path, caplog):
     assert lora_warnings(caplog) == []
 
 
-def test_stock_mergekit_takes_the_factors_too(tmp_path):
-    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
+@pytest.mark.parametrize("options", [{}, {"trainable_token_indices": {"embed_tokens": [1, 5]}}])
+def test_stock_mergekit_takes_the_factors_too(options, tmp_path, caplog):
+    base = write_base("plain", tmp_path / "base")
+    adapter = make_adapter("plain", tmp_path / "adapter", **options)
     ours = merged(tmp_path, recipe(base, f"{base}+{adapter}"))
     forget_loaders()
     config = MergeConfiguration.model_validate(recipe(base, f"{base}+{adapter}"))
-    options = MergeOptions(lora_merge_cache=str(tmp_path / "stock-cache"), copy_tokenizer=False, quiet=True)
-    run_merge(config, str(tmp_path / "stock"), options)
+    stock_options = MergeOptions(
+        lora_merge_cache=str(tmp_path / "stock-cache"), copy_tokenizer=False, quiet=True
+    )
+    run_merge(config, str(tmp_path / "stock"), stock_options)
     stock = load_file(tmp_path / "stock" / "model.safetensors")
     assert all(torch.equal(ours[n], stock[n]) for n in stock)
+    assert lora_warnings(caplog) == []
 
 
 def test_adapter_of_another_base_is_refused_before_anything_is_written(tmp_path):

@@ -46,6 +46,7 @@ class NameMap:
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix = getattr(model, "base_model_prefix", None)
+        self._renames: dict[str, tuple[str, str | None]] = {}
         self._parts: dict[str, dict[str, Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -83,10 +84,11 @@ class NameMap:
         return rows
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
-        renamed: tuple[str, str | None] = rename_source_key(
-            name, self._renamings, self._converters, self._prefix, self._known
-        )
-        return renamed
+        if name not in self._renames:
+            self._renames[name] = rename_source_key(
+                name, self._renamings, self._converters, self._prefix, self._known
+            )
+        return self._renames[name]
 
     def _converter(self, pattern: str) -> WeightConverter:
         return next(c for c in self._converters if pattern in c.source_patterns)

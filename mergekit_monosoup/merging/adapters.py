@@ -45,6 +45,8 @@ def adapters_opened(config: MergeConfiguration, options: MergeOptions, folder: P
     LoaderCache().setup(options)
     try:
         others = [reference for reference in references if not _open_linear(reference, config, options)]
+        if options.lora_merge_cache and len(others) < len(references):
+            LOG.info("--lora-merge-cache is not needed: linear adapters are read beside their base")
         if others:
             cache = options.lora_merge_cache or str(folder)
             copying = options.model_copy(update={"lora_merge_cache": cache})

@@ -23,6 +23,7 @@ from mergekit_monosoup.checkpoint.dequantised import has_scales
 from mergekit_monosoup.checkpoint.headers import read_folder
 from mergekit_monosoup.checkpoint.lineage import SAMPLED_TENSORS, BaseWatch, check_base
 from mergekit_monosoup.errors import ConfigurationError, InputError
+from mergekit_monosoup.lora.exact import same_base
 from mergekit_monosoup.merging.adapters import adapters_opened
 from mergekit_monosoup.merging.architecture import fitting_architecture
 from mergekit_monosoup.merging.card import write_card
@@ -148,6 +149,8 @@ def check_bases(config: MergeConfiguration) -> None:
     """
     base = config.base_model
     for model in finetuned_models(config) if base is not None else ():
+        if model.lora is not None and same_base(model, base):
+            continue
         message = _base_message(base, model)
         if message is not None:
             raise InputError(f"{message}, or pass --force-base to merge all the same")
