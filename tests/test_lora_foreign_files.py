@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
-from adapters import MOE_SIZES, base_model, load_adapter, make_adapter
+from adapters import MOE_SIZES, base_model, fill, load_adapter, make_adapter
 from lora_edits import refuse
 from lora_merges import lora_warnings, write_base
 from mergekit.common import ModelReference
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_lora_no_copy import merge, merged_by_peft
 
 from mergekit_monosoup.errors import AdapterError
+from mergekit_monosoup.lora.adapted import AdaptedLoader
 from mergekit_monosoup.lora.adapter import read_adapter
 from mergekit_monosoup.lora.hollow import place
 
@@ -281,3 +282,32 @@ def test_names_that_no_prefix_explains_are_refused(tmp_path):
     other = _rewritten(adapter, tmp_path / "other", _renamed((".layers.", ".blocks.")))
     with pytest.raises(AdapterError, match="names do not match"):
         place(ModelReference.parse(f"{base}+{other}"), read_adapter(str(other)))
+
+
+def test_a_base_of_single_experts_takes_a_stack_as_a_whole_and_in_parts(tmp_path):
+    torch.manual_seed(3)
+    config = transformers.OlmoeConfig(**MOE_SIZES, num_experts=4, eos_token_id=1, pad_token_id=0)
+    model = transformers.OlmoeForCausalLM(config).float()
+    model.save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    assert "model.layers.1.mlp.experts.3.up_proj.weight" in stored
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        options = peft.LoraConfig(r=3, target_modules=["q_proj"], target_parameters=targets)
+        adapted = peft.get_peft_model(model, options)
+        fill(adapted, 1)
+        adapted.save_pretrained(tmp_path / "adapter")
+        whole = adapted.merge_and_unload()
+    whole.save_pretrained(tmp_path / "whole")
+    # As mergekit asks for them, experts fused, and as the files have them.
+    _passthrough(tmp_path, tmp_path / "base", tmp_path / "adapter")
+    loaded = transformers.OlmoeForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(loaded[n], tensor) for n, tensor in whole.state_dict().items())
+    reference = ModelReference.parse(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+    base = ModelReference.parse(str(tmp_path / "base"))
+    loader = AdaptedLoader.open(reference, base, base.lazy_loader())
+    want = load_file(tmp_path / "whole" / "model.safetensors")
+    assert set(loader.index.tensor_paths) == set(want)
+    assert all(torch.equal(loader.get_tensor(n), want[n]) for n in want)
+    assert sum(not torch.equal(want[n], stored[n]) for n in want) == 2 * (4 * 3 + 1)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from adapters import KINDS, base_model, make_adapter
+from checkpoints import build_tokenizer
 from click.testing import CliRunner
 from commands import forget_loaders, run
 from lora_merges import exact_updates, lora_warnings, oracle_edit, recipe, write_base
@@ -200,6 +201,26 @@ def test_inputs_on_another_base_than_the_recipes(tmp_path):
     for name, tensor in tensors.items():
         error = (tensor.double() - want[name].double()).abs()
         assert (error <= SPACING["bfloat16"] * want[name].double().abs() + 1e-9).all(), name
+
+
+def test_a_tokenizer_of_the_recipe_rearranges_adapted_embeddings(tmp_path):
+    """The base's tokenizer has fewer tokens than its matrix has rows: these are cut for all inputs."""
+    base = write_base("plain", tmp_path / "base")
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(base)
+    rows = len(tokenizer)
+    options = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+    adapter = make_adapter("plain", tmp_path / "adapter", **options)
+    config = recipe(base, f"{base}+{adapter}", parameters={"edit": False}, dtype="float32")
+    config["tokenizer"] = {"source": "base"}
+    tensors = merge(tmp_path, config)
+    kept = min(rows, 96)
+    stored = base_model("plain").bfloat16().state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert len(tensors[name]) == rows
+        dw = exact_updates("plain", adapter)[name][:kept]
+        error = np.abs(tensors[name][:kept].double().numpy() - stored[name][:kept].double().numpy() - dw)
+        assert error.max() <= 2.0**-8
 
 
 def test_a_float8_base_is_read_with_its_scales(tmp_path):
