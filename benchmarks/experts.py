@@ -20,7 +20,7 @@ import torch
 
 from mergekit_monosoup.spectral.edit import EditOptions, edit_weight
 from mergekit_monosoup.spectral.mixing import mixing_coefficients
-from mergekit_monosoup.spectral.split import split_index
+from mergekit_monosoup.spectral.split import Split, split_index
 
 
 def loop_over_svds(base: torch.Tensor, tuned: torch.Tensor, energy: float | None) -> torch.Tensor:
@@ -104,7 +104,7 @@ def main() -> None:
     experts, rows, columns = (128, 768, 2048) if arguments.full else (8, 192, 512)
     base, tuned = stack(experts, rows, columns)
     few = min(experts, arguments.svds)
-    options = EditOptions(energy=arguments.energy)
+    options = EditOptions(Split(energy=arguments.energy))
 
     ours, record = edit_weight(base[:2], [tuned[:2]], options=options)
     reference = loop_over_svds(base[:2], tuned[:2], arguments.energy)

@@ -8,8 +8,10 @@ TYPE_CHECKING = False  # as in typing, which takes longer to import than all of 
 
 if TYPE_CHECKING:
     from mergekit_monosoup.errors import MonoSoupError
+    from mergekit_monosoup.merging.completing import complete
     from mergekit_monosoup.registry import method_names, register
-    from mergekit_monosoup.spectral.edit import EditRecord, edit_update
+    from mergekit_monosoup.spectral.edit import edit_update
+    from mergekit_monosoup.spectral.record import EditRecord
     from mergekit_monosoup.state_dicts import EditedWeights, edit_module, edit_state_dict
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "EditedWeights",
     "MonoSoupError",
     "__version__",
+    "complete",
     "edit_module",
     "edit_state_dict",
     "edit_update",
@@ -28,6 +31,7 @@ _HOME = {
     "EditRecord": "mergekit_monosoup.spectral.edit",
     "EditedWeights": "mergekit_monosoup.state_dicts",
     "MonoSoupError": "mergekit_monosoup.errors",
+    "complete": "mergekit_monosoup.merging.completing",
     "edit_module": "mergekit_monosoup.state_dicts",
     "edit_state_dict": "mergekit_monosoup.state_dicts",
     "edit_update": "mergekit_monosoup.spectral.edit",

@@ -53,3 +53,11 @@ class AdapterError(InputError):
 
 class UnsupportedAdapterError(AdapterError):
     """An adapter is not a sum of low-rank products, so there are no factors to edit."""
+
+
+class OutputError(MonoSoupError):
+    """The result cannot be written, or is not what was planned."""
+
+
+class InterruptedMerge(MonoSoupError):
+    """The user has stopped a merge."""

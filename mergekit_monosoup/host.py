@@ -7,16 +7,18 @@ is used; here stands what it keeps to itself, or what would break in silence if 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import immutables
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from mergekit import merge as mergekit_merge
 from mergekit.architecture import ModelArchitecture
 from mergekit.architecture.conversion import convert_checkpoint_tensors
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import ModelPath, ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task, TaskUniverse
 from mergekit.io.tasks import LoaderCache, LoadTensor, SaveTensor
@@ -28,6 +30,8 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 from torch import Tensor
+
+from mergekit_monosoup.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -196,35 +200,23 @@ def out_config(config: MergeConfiguration, arch: ModelArchitecture, trust_remote
     return mergekit_merge._model_out_config(config, arch, trust_remote_code=trust_remote_code)
 
 
-def finish_folder(
-    config: MergeConfiguration,
-    arch: ModelArchitecture,
-    options: MergeOptions,
-    out_config: Any,
-    tokenizer: TokenizerInfo | None,
-    folder: str,
-) -> None:
-    """Write configuration and tokenizer into the output, as mergekit does after the weights."""
-    if tokenizer is not None:
-        multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
-        mergekit_merge._update_config_vocab(
-            out_config, arch, tokenizer.tokenizer, pad_to_multiple_of=multiple
-        )
-    out_config.save_pretrained(folder)
-    donor = config.base_model or config.referenced_models()[0]
-    if donor.lora is not None:
-        # mergekit would merge the adapter, for the sake of files that the base has.
-        donor = donor.model_copy(update={"lora": None})
-        config = config.model_copy(update={"base_model": donor})
-    if tokenizer is not None:
-        mergekit_merge._set_chat_template(tokenizer.tokenizer, config)
-        tokenizer.tokenizer.save_pretrained(folder)
-    elif options.copy_tokenizer:
-        try:
-            mergekit_merge._copy_tokenizer(config, folder, options=options)
-        except Exception as error:  # noqa: BLE001 - as mergekit has it: a merge need not have a tokenizer
-            mergekit_merge.LOG.error("Failed to copy the tokenizer: %s", error)
-    mergekit_merge._copy_tagalong_files(config, folder, files=arch.tagalong_files or [], options=options)
+def local_reference(folder: str) -> ModelReference:
+    """Return a reference to a folder, whatever its name: mergekit would read a `+` or `@` in it."""
+    return ModelReference(model=ModelPath.model_construct(path=folder, revision=None))
+
+
+def save_tokenizer(config: MergeConfiguration, tokenizer: TokenizerInfo, folder: str) -> None:
+    """Write the tokenizer that a recipe asks for, with the recipe's chat template."""
+    mergekit_merge._set_chat_template(tokenizer.tokenizer, config)
+    tokenizer.tokenizer.save_pretrained(folder)
+
+
+def chat_template(config: MergeConfiguration) -> str | None:
+    """Return the text of a recipe's `chat_template:`: its own, one of mergekit's, or the inputs' own."""
+    holder = SimpleNamespace(chat_template=None)
+    mergekit_merge._set_chat_template(holder, config)
+    text: str | None = holder.chat_template
+    return text
 
 
 def raw_loader(path: str) -> Any:
@@ -236,12 +228,39 @@ def raw_loader(path: str) -> Any:
     return (running or merge_raw_pytorch.SimpleLoaderCache)().get(path)
 
 
-def open_models(models: Sequence[ModelReference], options: MergeOptions) -> None:
-    """Have mergekit download and open checkpoints, so that their values can be looked at before the work."""
+def open_models(
+    models: Iterable[ModelReference], options: MergeOptions, revisions: Mapping[str, str] | None = None
+) -> None:
+    """Have mergekit download and open checkpoints, so that their values can be looked at before the work.
+
+    Args:
+        models: what to open; mergekit keeps the options of its loaders by thread, so none is of use too.
+        options: mergekit's own.
+        revisions: commits on the Hub, by the models' names, to read where a recipe names none.
+
+    Raises:
+        InputError: a model cannot be downloaded.
+    """
     cache = LoaderCache()
     cache.setup(options=options)
     for model in models:
-        cache.get(model)
+        commit = (revisions or {}).get(str(model))
+        if commit is not None and model not in cache.loaders and model.lora is None:
+            path = model.model.model_copy(update={"revision": commit})
+            pinned = model.model_copy(update={"model": path})
+            cache.loaders[model] = pinned.lazy_loader(cache_dir=options.transformers_cache)
+        try:
+            cache.get(model)
+        except (HfHubHTTPError, ConnectionError) as error:
+            raise InputError(
+                f"model {model} could not be downloaded ({error}); run the same command again: what has "
+                "arrived is not fetched again"
+            ) from error
+
+
+def folder_of(model: ModelReference) -> str:
+    """Return where the files of a checkpoint lie that mergekit has opened."""
+    return str(LoaderCache().get(model).index.base_path)
 
 
 def loader_of(model: ModelReference) -> Any | None:

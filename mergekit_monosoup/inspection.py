@@ -17,11 +17,14 @@ from mergekit_monosoup.checkpoint.scales import is_scale, scale_name
 from mergekit_monosoup.errors import NonFiniteError, ShapeMismatchError
 from mergekit_monosoup.lora.adapted import AdaptedLoader, adapter_folder
 from mergekit_monosoup.lora.exact import same_base, update_of
+from mergekit_monosoup.report.figures import change
 from mergekit_monosoup.report.measure import edit_fields, frobenius_norm, tensor_record
-from mergekit_monosoup.report.rounding import sample
+from mergekit_monosoup.report.rounding import expected_survival, sample
 from mergekit_monosoup.report.schema import Action, SpectrumCurve, TensorRecord
 from mergekit_monosoup.spectral.analysis import Analysis, analyse_update, spectrum_points
 from mergekit_monosoup.spectral.matrix import choose_view
+from mergekit_monosoup.spectral.mixing import Mixing
+from mergekit_monosoup.spectral.split import EFFECTIVE_RANK, Split
 
 
 class Inspection:
@@ -66,6 +69,8 @@ class Inspection:
         energies: Sequence[float] = (),
         select: Callable[[str], bool] = lambda _: True,
         device: str = "cpu",
+        split: Split = EFFECTIVE_RANK,
+        mixing: Mixing = "monosoup",
     ) -> Iterator[TensorRecord]:
         """Yield the record of each tensor that is selected.
 
@@ -73,20 +78,23 @@ class Inspection:
             energies: further thresholds R to split by.
             select: which tensors to look at, by name.
             device: where to decompose.
+            split, mixing: of the record itself.
 
         Raises:
             InputError: shapes differ, or a tensor holds NaN, infinity or integers where numbers belong.
         """
         for name in self.tensors:
             if select(name):
-                yield self._record(name, energies, device)
+                yield self._record(name, device, energies, split, mixing)
 
     @property
     def base_message(self) -> str | None:
         """What the tensors seen so far say against the base, None where nothing does."""
         return self._message
 
-    def _record(self, name: str, energies: Sequence[float], device: str) -> TensorRecord:
+    def _record(
+        self, name: str, device: str, energies: Sequence[float], split: Split, mixing: Mixing
+    ) -> TensorRecord:
         stored = [
             _stored(loader, name, model, device)
             for loader, model in zip(self._loaders, self.names, strict=True)
@@ -113,21 +121,26 @@ class Inspection:
         if matrix:
             for label, tensor in zip(self.names[1:], stored[1:], strict=True):
                 self._look_at_base(name, label, stored[0], tensor)
-        analysis = analyse_update(mean, energies, view) if matrix else None
+        analysis = analyse_update(mean, energies, view, split, mixing) if matrix else None
         action: Action = "edited" if matrix else ("kept" if len(updates) == 1 else "averaged")
-        return tensor_record(
+        record = tensor_record(
             name,
             stored[0],
             stored[1:],
             action=action,
             reason="" if matrix else "not a matrix",
-            edit=analysis.automatic if analysis else None,
+            edit=analysis.record if analysis else None,
             update_norm=frobenius_norm(mean),
             method="inspect",
             spectrum=_curve(analysis),
             sweep=_sweep(analysis),
             cosines=self._cosines(updates),
         )
+        share = change(record)
+        if share is None or record.update_norm is None or len(updates) > 1:
+            return record
+        survival = expected_survival(stored[1], share * record.update_norm)
+        return record.model_copy(update={"edit_survival": survival})
 
     def _update(self, index: int, name: str, stored: Sequence[Tensor]) -> Tensor:
         """Return the update of one checkpoint; of an adapter on the base, by its factors."""

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-
-from mergekit_monosoup.checkpoint.headers import (
-    StoredTensor,
-    read_folder,
-    read_index,
-    read_safetensors_header,
-)
-from mergekit_monosoup.errors import InputError, MonoSoupError, NonFiniteError
-from mergekit_monosoup.planning.output import STAGING
+from mergekit_monosoup.checkpoint.hub import connection_errors
+from mergekit_monosoup.checkpoint.output import PARTIAL
+from mergekit_monosoup.errors import InputError, MonoSoupError
+from mergekit_monosoup.merging.verify import verify_folder
 
 # What a merge, an editor or the Hub's client leaves beside a model.
-IGNORED = (f"{STAGING}/**", ".cache/**", "**/__pycache__/**", "*.tmp", ".DS_Store", "**/.DS_Store")
-
-_TRANSPORTS = (("httpx", "TransportError"), ("httpx2", "TransportError"), ("requests", "ConnectionError"))
+IGNORED = (f"{PARTIAL}/**", ".cache/**", "**/__pycache__/**", "*.tmp", ".DS_Store", "**/.DS_Store")
 
 
 class PublishingError(MonoSoupError):
@@ -40,36 +30,25 @@ class CheckedFolder:
 
 
 def check_folder(folder: Path, seen: Callable[[str, int], None] = lambda name, size: None) -> CheckedFolder:
-    """Check that a model is whole: configuration, index, every tensor present and finite.
+    """Check that a model is whole, and that nothing outside it would be uploaded with it.
 
     Args:
         folder: of the model.
-        seen: called for each tensor that is checked, with its name and number of entries.
+        seen: called for each tensor that is checked, with its name and number of bytes.
 
     Raises:
-        InputError: a file or tensor is missing or damaged; names it.
-        NonFiniteError: a tensor holds NaN or infinity.
+        InputError: something is missing or damaged; names all of it.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; name the output of a merge")
-    if (folder / STAGING).exists():
-        raise InputError(f"{folder} holds an unfinished merge ({STAGING}); run the merge again")
-    checkpoint = read_folder(str(folder), folder)
-    _check_config(folder)
-    _check_stray(folder, {tensor.file for tensor in checkpoint.tensors.values()})
-    if not checkpoint.tensors:
-        raise InputError(f"{folder} holds no tensors; run the merge again")
-    by_file: dict[str, list[StoredTensor]] = {}
-    for tensor in checkpoint.tensors.values():
-        by_file.setdefault(tensor.file, []).append(tensor)
-    for file, tensors in sorted(by_file.items()):
-        if not file.endswith(".safetensors"):
-            raise InputError(f"{folder / file} is pickled; only safetensors files are uploaded: merge again")
-        _check_values(folder / file, tensors, seen)
+    found = verify_folder(folder, seen=seen)
     files = _files(folder)
+    root = folder.resolve()
+    for name in files:
+        if not (folder / name).resolve().is_relative_to(root):
+            found.problems.append(f"{folder / name} is a link out of the folder; put the file itself there")
+    if found.problems:
+        raise InputError("\n  ".join(found.problems))
     size = sum((folder / name).stat().st_size for name in files)
-    parameters = sum(tensor.size for tensor in checkpoint.tensors.values())
-    return CheckedFolder(len(checkpoint.tensors), parameters, size, files)
+    return CheckedFolder(found.tensors, found.parameters, size, files)
 
 
 def _files(folder: Path) -> tuple[str, ...]:
@@ -77,49 +56,6 @@ def _files(folder: Path) -> tuple[str, ...]:
 
     every = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
     return tuple(filter_repo_objects(every, ignore_patterns=list(IGNORED)))
-
-
-def _check_config(folder: Path) -> None:
-    import transformers
-
-    try:
-        transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be loaded by transformers: {error}") from error
-
-
-def _check_stray(folder: Path, named: set[str]) -> None:
-    """Refuse shards that the index does not name: a half-replaced model."""
-    stray = sorted(
-        file.name
-        for file in folder.glob("*.safetensors")
-        if file.name not in named and file.name.startswith("model")
-    )
-    if stray:
-        raise InputError(f"{folder / stray[0]} is not in the index; remove it if it is of another merge")
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return
-    placed = read_index(index)
-    for name in sorted(set(placed.values())):
-        listed = {tensor for tensor, file in placed.items() if file == name}
-        extra = set(read_safetensors_header(folder / name)) - listed
-        if extra:
-            raise InputError(f"{index} does not list tensor {min(extra)} of {name}; run the merge again")
-
-
-def _check_values(file: Path, tensors: list[StoredTensor], seen: Callable[[str, int], None]) -> None:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for stored in tensors:
-                tensor = opened.get_tensor(stored.name)
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-                    raise NonFiniteError(
-                        f"tensor {stored.name} in {file} holds NaN or infinity; nobody could use this model"
-                    )
-                seen(stored.name, stored.size)
-    except SafetensorError as error:
-        raise InputError(f"{file} cannot be read ({error}); run the merge again") from error
 
 
 def upload(
@@ -143,7 +79,7 @@ def upload(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     api = huggingface_hub.HfApi()
-    expected: tuple[type[Exception], ...] = (RuntimeError, *_connection_errors())
+    expected: tuple[type[Exception], ...] = (RuntimeError, *connection_errors())
     try:
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -191,16 +127,7 @@ def _refusal(repo_id: str, error: Exception) -> str:
 def _lost_connection(error: BaseException | None) -> BaseException | None:
     """Return the broken connection behind an error; the client wraps those of single files."""
     while error is not None:
-        if isinstance(error, _connection_errors()):
+        if isinstance(error, connection_errors()):
             return error
         error = error.__cause__ or error.__context__
     return None
-
-
-def _connection_errors() -> tuple[type[Exception], ...]:
-    """Return what a broken connection raises; the client's HTTP library changes with its releases."""
-    found: list[type[Exception]] = [ConnectionError, TimeoutError]
-    for library, name in _TRANSPORTS:
-        if importlib.util.find_spec(library) is not None:
-            found.append(getattr(importlib.import_module(library), name))
-    return tuple(found)

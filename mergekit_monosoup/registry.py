@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 @cache
 def our_methods() -> tuple[UpdateMethod, ...]:
     """Return the merge methods of this package, as mergekit's own commands use them."""
+    from mergekit_monosoup.methods.dg_hard import DGHard
     from mergekit_monosoup.methods.model_stock import ModelStock
     from mergekit_monosoup.methods.monosoup import MonoSoup
     from mergekit_monosoup.methods.sfgs import SimilarityFilteredGreedySoup
 
-    return (MonoSoup(stock()), ModelStock(stock()), SimilarityFilteredGreedySoup(stock()))
+    return (MonoSoup(stock()), DGHard(stock()), ModelStock(stock()), SimilarityFilteredGreedySoup(stock()))
 
 
 @cache

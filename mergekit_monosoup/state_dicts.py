@@ -117,6 +117,7 @@ def edit_state_dict(
                 result = tensor.to(first[name].device, first[name].dtype)
                 # A tensor that is kept comes back as it went in.
                 merged[name] = result.clone() if result.data_ptr() == first[name].data_ptr() else result
+        merge.close()
     found |= {outcome.tensor: outcome for outcome in collected}
     for name, owner in shared.items():
         if owner != name:

@@ -1,18 +1,23 @@
 """Float64 reference of MonoSoup, written from its formulas and from nothing else.
 
-NumPy only, with a full `numpy.linalg.svd` for every matrix: slow, simple, and
+NumPy, with a full `numpy.linalg.svd` for every matrix, and SciPy for one integral: slow, simple, and
 without a line in common with the package, so that the two can disagree.
 
-Source: *Model soups need only one ingredient*, arXiv 2602.09689.
+Sources: *Model soups need only one ingredient*, arXiv 2602.09689; for the noise threshold *The Optimal
+Hard Threshold for Singular Values is 4/sqrt(3)*, arXiv 1305.5870, and *Spectral
+Unforgetting*, arXiv 2605.20296.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from scipy.integrate import quad
+from scipy.optimize import brentq
 
 Array = np.ndarray
 
@@ -40,13 +45,42 @@ def split_index(s: Array, shape: tuple[int, int], energy: float | None = None) -
     return min(int(np.searchsorted(kept, energy * kept[-1], side="left")) + 1, rank)
 
 
+@lru_cache(maxsize=64)
+def median_of_pure_noise(beta: float) -> float:
+    """Root of the median of the Marchenko-Pastur law, from its density in x."""
+    low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
+
+    def density(x: float) -> float:
+        return math.sqrt((high - x) * (x - low)) / (2 * math.pi * beta * x)
+
+    def above(x: float) -> float:
+        return quad(density, x, high, epsabs=1e-12, limit=500)[0] - 0.5
+
+    return math.sqrt(brentq(above, low + 1e-3 * (high - low), high, xtol=1e-14))
+
+
+def noise_threshold(
+    s: Array, shape: tuple[int, int], scale: float = 1.0, noise: str = "median"
+) -> tuple[float, float, int]:
+    """Noise level, threshold and k of the Donoho-Gavish rule, for all min(shape) singular values."""
+    s = np.where(np.arange(len(s)) < numerical_rank(s, shape), s, 0.0)
+    beta = min(shape) / max(shape)
+    if noise == "median":
+        sigma = float(np.median(s)) / median_of_pure_noise(beta)
+    else:
+        sigma = float(np.sort(s)[: max(1, len(s) // 4)].mean()) / 0.6745
+    omega = math.sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + math.sqrt(beta**2 + 14 * beta + 1)))
+    return sigma, scale * omega * sigma, int(np.count_nonzero(s > scale * omega * sigma))
+
+
 def monosoup_update(
-    dw: Array, energy: float | None = None, mixing: str = "monosoup"
+    dw: Array, energy: float | None = None, mixing: str = "monosoup", threshold: dict[str, Any] | None = None
 ) -> tuple[Array, dict[str, Any]]:
     """Edit one update, a matrix [rows, columns], in float64.
 
     Returns the edited update and `k`, `effective_rank`, `rho`, `cos_alpha`,
-    `lambda_low`, `lambda_high`. A zero update comes back as it is, with `k` = 0.
+    `lambda_low`, `lambda_high`. A zero update comes back as it is, with `k` = 0. With `threshold`, options
+    of `noise_threshold`, k is that of the Donoho-Gavish rule.
     """
     dw = np.asarray(dw, dtype=np.float64)
     if dw.ndim != 2:
@@ -57,7 +91,11 @@ def monosoup_update(
     # A power of two changes no digit, and keeps the squares inside float64's range.
     unit = 2.0 ** math.floor(math.log2(np.abs(dw).max()))
     u, s, vt = np.linalg.svd(dw / unit, full_matrices=False)
-    k = split_index(s, dw.shape, energy)
+    noise = (None, None)
+    if threshold is None:
+        k = split_index(s, dw.shape, energy)
+    else:
+        *noise, k = noise_threshold(unit * s, dw.shape, **threshold)
     rank = numerical_rank(s, dw.shape)
     rho = float((s[k] / s[0]) ** 2) if k < rank else 0.0
     tail = s[k:rank]
@@ -85,6 +123,8 @@ def monosoup_update(
         "cos_alpha": cos_alpha,
         "lambda_low": lambda_low,
         "lambda_high": lambda_high,
+        "noise": noise[0],
+        "threshold": noise[1],
     }
 
 
@@ -121,6 +161,7 @@ def monosoup_weight(
     mixing: str = "monosoup",
     edit: bool = True,
     min_relative_update: float = 0.0,
+    threshold: dict[str, Any] | None = None,
 ) -> Array:
     """One merged tensor in float64, not yet rounded to its storage dtype."""
     w0 = np.asarray(w0, dtype=np.float64)
@@ -132,5 +173,5 @@ def monosoup_weight(
     if norm > 0 and np.linalg.norm(dw) / norm < min_relative_update:
         edit = False
     if edit:
-        dw = per_matrix(lambda m: monosoup_update(m, energy, mixing)[0], dw)
+        dw = per_matrix(lambda m: monosoup_update(m, energy, mixing, threshold)[0], dw)
     return w0 + alpha * dw

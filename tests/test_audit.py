@@ -151,7 +151,7 @@ class TestInspect:
     def test_analysis_is_that_of_the_edit(self, shape, energy):
         dw = 1e-3 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
         found = analyse_update(dw, [energy] if energy else [])
-        record = found.fixed[energy] if energy else found.automatic
+        record = found.fixed[energy] if energy else found.record
         _, expected = edit_update(dw, energy=energy)
         assert [m.k for m in record.matrices] == [m.k for m in expected.matrices]
         assert record.lambda_high == pytest.approx(expected.lambda_high, rel=1e-4)

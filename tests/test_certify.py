@@ -22,7 +22,7 @@ from mergekit_monosoup.spectral.certify import (
 from mergekit_monosoup.spectral.eigen import decomposed
 from mergekit_monosoup.spectral.mixing import mixing_coefficients
 from mergekit_monosoup.spectral.products import GramSum
-from mergekit_monosoup.spectral.split import effective_rank, split_index
+from mergekit_monosoup.spectral.split import Split, effective_rank, split_index
 from mergekit_monosoup.spectral.update import MatrixUpdate
 
 MEASURED = [
@@ -65,6 +65,10 @@ def gram_values(dw, dtype=torch.float32, reduced=torch.float64):
     values = eigen.values.flip(0).clamp(min=0).sqrt()
     reduction = reduction_error(values, diagonal, reduced)
     return values, gram_doubt(values, diagonal, product_error(dtype), reduction)
+
+
+def decides(values, doubt, energy):
+    return is_certain(values, doubt, Split(energy=energy), (len(values), len(values)))
 
 
 def exact_values(dw):
@@ -114,7 +118,7 @@ def test_lambda_low_is_right_where_it_is_certain(kind, rows, columns, reduced):
     dw = spectra.update(kind, rows, columns)
     (found, doubt), exact = gram_values(dw, reduced=reduced), exact_values(dw)
     for energy in (None, 0.5, 0.8, 0.95):
-        if not is_certain(found, doubt, energy):
+        if not decides(found, doubt, energy):
             continue
         k = split_index(exact, energy)
         assert split_index(found, energy) == k
@@ -153,7 +157,7 @@ def test_certain_means_that_no_perturbation_changes_the_split(kind, energy, natu
         errors = unit / values.clamp(min=math.sqrt(unit))
         none = torch.zeros_like(values)
         doubt = Doubt(errors, none) if nature == "shift" else Doubt(none, errors)
-        certain = is_certain(values, doubt, energy)
+        certain = decides(values, doubt, energy)
         verdicts.add(certain)
         if not certain:
             continue
@@ -182,11 +186,11 @@ def coefficients(s, energy):
 def test_ties_of_the_rule_are_not_certain():
     four = torch.cat([torch.ones(4), torch.zeros(60)]).double()
     exact, doubtful = torch.zeros(64).double(), torch.full((64,), 1e-9).double()
-    assert is_certain(four, bounded(four, exact), None)
-    assert not is_certain(four, bounded(four, doubtful), None)
+    assert decides(four, bounded(four, exact), None)
+    assert not decides(four, bounded(four, doubtful), None)
     # Half the energy sits exactly at k = 2.
-    assert not is_certain(four, bounded(four, doubtful), 0.5)
-    assert is_certain(four, bounded(four, doubtful), 0.6)
+    assert not decides(four, bounded(four, doubtful), 0.5)
+    assert decides(four, bounded(four, doubtful), 0.6)
 
 
 def test_a_drowned_tail_that_decides_is_not_certain():
@@ -194,9 +198,7 @@ def test_a_drowned_tail_that_decides_is_not_certain():
     for values, expected in ((torch.full((200,), 1e-5).double(), False), (spectrum("linear"), True)):
         values[0] = 1.0
         diagonal = torch.ones(200).double() * values.square().mean()
-        assert (
-            is_certain(values, gram_doubt(values, diagonal, product_error(torch.float32)), None) is expected
-        )
+        assert decides(values, gram_doubt(values, diagonal, product_error(torch.float32)), None) is expected
 
 
 def subspace_is_certain(values, diagonal, error, k, reduction=0.0, hidden=0.0, refined=0):

@@ -31,7 +31,7 @@ SHAPES = {
     "convolution": (8, 3, 3, 3),
     "convolution3d": (4, 2, 2, 2, 2),
 }
-FEWEST = {"monosoup": 1, "model_stock_stable": 2, "sfgs": 1}
+FEWEST = {"monosoup": 1, "dg_hard": 1, "model_stock_stable": 2, "sfgs": 1}
 
 
 def test_every_method_is_in_the_table():
@@ -85,7 +85,9 @@ def test_zero_updates_give_the_base(method, dtype):
 @pytest.mark.parametrize("method", METHODS)
 def test_one_zero_update_among_others(method):
     base = tensors()
-    result = merged(method, base, moved(base, 1), base, moved(base, 2))
+    # All of these updates is noise to dg_hard.
+    parameters = {"threshold_scale": 0.3} if method == "dg_hard" else {}
+    result = merged(method, base, moved(base, 1), base, moved(base, 2), **parameters)
     assert all(tensor.isfinite().all() for tensor in result.values())
     assert not torch.equal(result["linear"], base["linear"])
 
@@ -194,7 +196,8 @@ class TestOptionalTensors:
 
     def test_in_the_base_and_some_fine_tunes(self, method, checkpoints):
         result = execute(method, checkpoints, ["b", "m1", "m3"])
-        assert not torch.equal(result, checkpoints["b"]["linear"])
+        # All of these updates is noise to dg_hard.
+        assert torch.equal(result, checkpoints["b"]["linear"]) == (method == "dg_hard")
         whole = execute(method, checkpoints, ["b", "m1", "m2", "m3"])
         largest = max(abs(as_float64(checkpoints[k]["linear"])).max() for k in checkpoints)
         for tensor in (result, whole):

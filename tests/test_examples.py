@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 
+import numpy as np
+import oracle
 import peft
 import pytest
 import torch
@@ -12,6 +14,7 @@ import yaml
 from checkpoints import LAYERS, load_tensors, write_adapter
 from commands import ROOT, succeed
 from expectations import assert_merged, depth, interpolate
+from rounding import as_float64, round_to, spacing
 from transformers import AutoModelForCausalLM
 
 FOLDER = ROOT / "examples" / "yaml"
@@ -133,6 +136,18 @@ def multi_stage(results, inputs, stand_ins):
         assert torch.equal(merged, mean.bfloat16())
 
 
+def stochastic_rounding(results, inputs, stand_ins):
+    merged, base, tuned = results["merged"], inputs[BASE], inputs[MATH]
+    rounded = 0
+    for name, w0 in base.items():
+        exact = oracle.monosoup_weight(as_float64(w0), [as_float64(tuned[name])])
+        got, unit = as_float64(merged[name]), spacing(exact, torch.bfloat16)
+        # Float32 may take a number on the grid for one just beside it.
+        assert (np.abs(got - exact) < unit * 1.001).all()
+        rounded += int((got != round_to(exact, torch.bfloat16)).sum())
+    assert rounded > 1000
+
+
 CHECKS = {
     "01-automatic": one(MATH),
     "02-fixed-energy": one(MATH, energy=0.8),
@@ -143,6 +158,9 @@ CHECKS = {
     "07-ablations": ablations,
     "08-lora": lora,
     "09-multi-stage": multi_stage,
+    "10-dg-hard": one(MATH, threshold={"scale": 0.5}, mixing="high"),
+    "11-noise-split": one(MATH, threshold={}),
+    "12-stochastic-rounding": stochastic_rounding,
 }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import spectra
 import torch
 
-from mergekit_monosoup.spectral import edit_update, edit_weight
+from mergekit_monosoup.spectral import Split, edit_update, edit_weight
 from mergekit_monosoup.spectral.precision import full_float32
+from mergekit_monosoup.spectral.storing import Storage
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -115,3 +117,23 @@ def test_no_matrix_is_copied_to_the_host():
     copies = [event.device_time for event in events if "Memcpy DtoH" in event.name]
     assert small.shape == (1024, 256)
     assert 0 < sum(copies[:-1]) < 2 * copies[-1]
+
+
+@pytest.mark.parametrize("kind", spectra.KINDS)
+def test_noise_thresholds_are_the_cpus(kind):
+    dw = spectra.update(kind, 700, 300)
+    split = Split("donoho_gavish")
+    _, here = edit_update(dw, split=split, mixing="high")
+    edited, there = edit_update(dw.to(CUDA), split=split, mixing="high")
+    assert there.k == here.k
+    assert there.noise == pytest.approx(here.noise, rel=1e-4, abs=1e-12)
+    expected, _ = oracle.monosoup_update(dw.double().numpy(), mixing="high", threshold={})
+    assert spectra.error(edited.cpu(), expected, dw) <= 5e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_stochastic_rounding_draws_the_same_numbers(shape):
+    value = torch.randn(shape)
+    storage = Storage("stochastic", "w")
+    here = storage.rounded(value, torch.bfloat16, 5)
+    assert torch.equal(storage.rounded(value.to(CUDA), torch.bfloat16, 5).cpu(), here)

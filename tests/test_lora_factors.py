@@ -13,6 +13,7 @@ from oracle import MIXINGS, monosoup_update
 
 from mergekit_monosoup.errors import NonFiniteError, ParameterError, ShapeMismatchError
 from mergekit_monosoup.lora.factors import LowRankUpdate, edit_factors, mean_of, rank_for, truncate
+from mergekit_monosoup.spectral import Split
 
 
 def random_update(
@@ -33,7 +34,7 @@ def exact(update: LowRankUpdate) -> np.ndarray:
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(60, 40, 8), (33, 90, 16), (10, 12, 16), (7, 5, 1)])
 def test_equals_the_edit_of_the_materialised_update(rows, columns, rank, mixing, energy):
     update = random_update(rows, columns, rank)
-    edited, record = edit_factors(update, energy=energy, mixing=mixing)
+    edited, record = edit_factors(update, split=Split(energy=energy), mixing=mixing)
     want, info = monosoup_update(exact(update), energy, mixing)
     assert np.abs(exact(edited) - want).max() <= 1e-6 * np.abs(exact(update)).max()
     assert record.k == info["k"]

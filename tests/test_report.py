@@ -23,7 +23,6 @@ from mergekit_monosoup.errors import InputError, ParameterError
 from mergekit_monosoup.report.measure import tensor_record
 from mergekit_monosoup.report.reader import FILE_NAME, read_report
 from mergekit_monosoup.report.recorder import Recorder, new_header
-from mergekit_monosoup.report.rounding import rounding_variance, storage_dtype
 from mergekit_monosoup.report.schema import InputModel, ReportHeader, SpectrumCurve, TensorRecord
 from mergekit_monosoup.report.table import condition, sorted_records
 
@@ -134,34 +133,6 @@ def test_skips_have_reasons(tmp_path, family):
 
 def copy_of(source, folder):
     return copy_with_tensors(source, folder, load_tensors(source))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kept_as", ["stored", "float32"])
-def test_rounding_is_estimated_from_the_grid(dtype, kept_as):
-    """Against the rounding that really happened, also where the file is wider than the values."""
-    generator = torch.Generator().manual_seed(0)
-    exact = [torch.randn(300, 400, generator=generator) * 0.02]
-    exact.append(exact[0] + 1e-4 * torch.randn(300, 400, generator=generator))
-    stored = [w.to(dtype) for w in exact]
-    true_error = (stored[1].double() - stored[0].double() - (exact[1] - exact[0]).double()).norm()
-    tensors = [w.float() for w in stored] if kept_as == "float32" else stored
-    update = float((tensors[1].double() - tensors[0].double()).norm())
-    record = tensor_record("w", tensors[0], tensors[1:], action="kept", update_norm=update)
-    assert record.rounding_share * update == pytest.approx(float(true_error), rel=0.03)
-    assert record.stored_dtypes == (str(dtype).removeprefix("torch."),) * 2
-    assert storage_dtype(exact[0]) == torch.float32
-
-
-def test_rounding_of_wide_and_odd_tensors():
-    w = torch.randn(50, 50)
-    assert rounding_variance(w)[0] < 1e-10
-    assert rounding_variance(w.double() + 1e-12)[1] == torch.float64
-    assert rounding_variance(torch.zeros(3, 3))[0] == 0
-    assert rounding_variance(torch.zeros(0, 3))[0] == 0
-    large = torch.randn(700, 700).bfloat16()
-    part, whole = rounding_variance(large)[0], rounding_variance(large[:180, :180].contiguous())[0]
-    assert part == pytest.approx(whole * large.numel() / 180**2, rel=0.05)
 
 
 def test_threads_do_not_lose_records(tmp_path):

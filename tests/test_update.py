@@ -15,7 +15,7 @@ from commands import ROOT
 from rounding import as_float64, assert_correctly_rounded
 
 from mergekit_monosoup.errors import NonFiniteError
-from mergekit_monosoup.spectral import EditOptions, edit_update, edit_weight
+from mergekit_monosoup.spectral import EditOptions, Split, edit_update, edit_weight
 from mergekit_monosoup.spectral import update as update_module
 from mergekit_monosoup.spectral.update import MatrixUpdate
 
@@ -118,7 +118,7 @@ def test_several_tuned_tensors_are_averaged(weights, dtype):
 @pytest.mark.parametrize("mixing", oracle.MIXINGS)
 def test_options_reach_the_result(alpha, mixing):
     w0, w1 = pair(300, 270)
-    options = EditOptions(energy=0.8, mixing=mixing, alpha=alpha)
+    options = EditOptions(Split(energy=0.8), mixing=mixing, alpha=alpha)
     result, _ = edit_weight(w0, [w1], options=options)
     assert_edited(result, w0, [w1], energy=0.8, mixing=mixing, alpha=alpha)
 

@@ -72,12 +72,16 @@ def align_loaders(
     layers: Layers,
     device: str | torch.device = "cpu",
     refine: Refine | None = None,
+    names: Sequence[str] | None = None,
 ) -> Alignment:
     """Read base and fine-tuned checkpoints once, side by side, and return their alignment.
 
     A tensor counts if every checkpoint stores it under the base's name, in the base's shape, as
     floating-point numbers; of these, `matrices` keeps the ones with two or more axes. At no time is
     more than one tensor of each checkpoint in memory.
+
+    With `names`, only these of the base's tensors are looked at, and there may be none that counts; `joined`
+    puts such parts together.
 
     Raises:
         MissingTensorError: the checkpoints have no such tensor in common.
@@ -90,9 +94,10 @@ def align_loaders(
 
     # Shard by shard: going back and forth would open the files again and again.
     paths = base.index.tensor_paths
-    names = sorted(paths, key=lambda name: (paths[name], name))
+    ordered = sorted(paths if names is None else names, key=lambda name: (paths[name], name))
     checkpoints = [(loader.index.tensor_paths, load(loader)) for loader in finetuned]
-    return align((names, load(base)), checkpoints, layers, refine)
+    part = _aligned((ordered, load(base)), checkpoints, layers, refine)
+    return part if names is not None else _found(part, layers)
 
 
 def align(
@@ -108,6 +113,26 @@ def align(
     Raises:
         MissingTensorError, NonFiniteError: as `align_loaders`.
     """
+    return _found(_aligned(base, finetuned, layers, refine), layers)
+
+
+def joined(parts: Sequence[Alignment], layers: Layers = "matrices") -> Alignment:
+    """Return the alignment of checkpoints from those of parts of their tensors, in the order of their names.
+
+    Raises:
+        MissingTensorError: as `align_loaders`.
+    """
+    skipped = sum((part.skipped for part in parts), Counter())
+    held = [part for part in parts if part.names]
+    names = [name for part in held for name in part.names]
+    order = sorted(range(len(names)), key=names.__getitem__)
+    none = torch.empty(0)
+    products = torch.cat([part.products for part in held])[order] if held else none
+    cosines = torch.cat([part.cosines for part in held])[order] if held else none
+    return _found(Alignment(tuple(names[i] for i in order), products, cosines, skipped), layers)
+
+
+def _aligned(base: Stored, finetuned: Sequence[Stored], layers: Layers, refine: Refine | None) -> Alignment:
     skipped: Counter[str] = Counter()
     names, products, cosines = [], [], []
     for name, tensors in _comparable(base, finetuned, layers, skipped):
@@ -120,14 +145,24 @@ def align(
         names.append(name)
         products.append(found.values)
         cosines.append(found.cosines)
-    if not names:
+    none = torch.empty(0)
+    return Alignment(
+        tuple(names),
+        torch.cat(products) if products else none,
+        torch.cat(cosines) if cosines else none,
+        skipped,
+    )
+
+
+def _found(alignment: Alignment, layers: Layers) -> Alignment:
+    if not alignment.names:
         raise MissingTensorError(
             "base and fine-tuned checkpoints store no tensor of the same name and shape "
             f"{'with two or more axes ' if layers == 'matrices' else ''}that could be compared "
-            f"({_counted(skipped)}); store them in the same layout, check that they share a base, or set "
-            "`layers: all` where there are only vectors"
+            f"({_counted(alignment.skipped)}); store them in the same layout, check that they share a base, "
+            "or set `layers: all` where there are only vectors"
         )
-    return Alignment(tuple(names), torch.cat(products), torch.cat(cosines), skipped)
+    return alignment
 
 
 def _comparable(

@@ -112,13 +112,18 @@ def _tensors(header: Any, name: str, start: int, size: int, file: Path) -> dict[
     return tensors
 
 
-def read_folder(name: str, folder: Path) -> Checkpoint:
+def read_folder(name: str, folder: Path, *, with_config: bool = True) -> Checkpoint:
     """Read configuration and headers of a local checkpoint, in the order in which mergekit looks for files.
+
+    Args:
+        name: what messages call it.
+        folder: where it lies.
+        with_config: False for the headers alone.
 
     Raises:
         InputError: a file is missing or damaged; names it.
     """
-    config = read_config(folder)
+    config = read_config(folder) if with_config else {}
     index = folder / f"{_WEIGHTS}.index.json"
     if index.exists():
         return Checkpoint(name, config, _sharded(folder, index), folder)

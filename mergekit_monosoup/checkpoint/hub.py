@@ -2,14 +2,89 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mergekit_monosoup.checkpoint.companions import is_taken, modules_in
 from mergekit_monosoup.checkpoint.headers import DTYPES, Checkpoint, StoredTensor, read_folder
 from mergekit_monosoup.errors import InputError
 from mergekit_monosoup.report.inputs import cached_revision
+
+LOG = logging.getLogger(__name__)
+
+_TRANSPORTS = (("httpx", "TransportError"), ("httpx2", "TransportError"), ("requests", "ConnectionError"))
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """Return what a broken connection raises; the client's HTTP library changes with its releases."""
+    found: list[type[Exception]] = [ConnectionError, TimeoutError]
+    for library, name in _TRANSPORTS:
+        if importlib.util.find_spec(library) is not None:
+            found.append(getattr(importlib.import_module(library), name))
+    return tuple(found)
+
+
+def fetch_companions(repo: str, revision: str | None, cache: str | None = None) -> Path:
+    """Download the files that go with a model, and weights of none but its modules; return their folder.
+
+    Off the network, what lies in the Hub's cache serves.
+
+    Args:
+        repo: id on the Hub.
+        revision: of the repository.
+        cache: folder of the Hub's cache, where it is not the usual one.
+
+    Raises:
+        InputError: no such repository, no access, or nothing in the cache.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        try:
+            return _fetch(repo, revision, cache)
+        except connection_errors():
+            return Path(
+                huggingface_hub.snapshot_download(
+                    repo, revision=revision, cache_dir=cache, local_files_only=True
+                )
+            )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise InputError(
+            f"the files of {repo} cannot be had from the Hub ({error}); check the spelling, or name a folder"
+        ) from error
+
+
+def _fetch(repo: str, revision: str | None, cache: str | None) -> Path:
+    import huggingface_hub
+
+    info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+
+    def get(name: str) -> Path:
+        return Path(huggingface_hub.hf_hub_download(repo, name, revision=info.sha, cache_dir=cache))
+
+    for name, size in sizes.items():
+        if is_taken(name) and not is_taken(name, size):
+            LOG.warning("%s of %s is left behind: it is large", name, repo)
+    wanted = [name for name, size in sizes.items() if is_taken(name, size) or name == "README.md"]
+    if "modules.json" in sizes:
+        # Weights of modules are few, and merged in their place.
+        modules = modules_in(json.loads(get("modules.json").read_text("utf-8")))
+        parents = {name: PurePosixPath(name).parent for name in sizes}
+        held = [n for n in sizes if any(parents[n].is_relative_to(module) for module in modules)]
+        safe = [n for n in held if PurePosixPath(n).name == "model.safetensors"]
+        pickled = [n for n in held if PurePosixPath(n).name == "pytorch_model.bin"]
+        wanted += safe + [n for n in pickled if parents[n] not in {parents[s] for s in safe}]
+    if "config.json" not in wanted:
+        raise InputError(f"model {repo} has no config.json on the Hub; is it a transformers model?")
+    for name in wanted:
+        get(name)
+    return get("config.json").parent
 
 
 def read_hub(name: str, repo: str, revision: str | None) -> Checkpoint:

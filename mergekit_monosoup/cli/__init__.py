@@ -9,9 +9,11 @@ import click
 # name -> (one line of help, shown without importing the command's file)
 _COMMANDS = {
     "merge": "Run a merge recipe: mergekit-yaml with our methods and checks.",
+    "complete": "Give a model that stock mergekit merged the files of its fine-tuned checkpoint.",
     "plan": "Check a recipe and say what the merge will do, without reading weights.",
     "inspect": "Analyse fine-tuned checkpoints against their base without writing a model.",
     "report": "Show, sort, filter or compare the reports of merges.",
+    "verify": "Check that a merged model is whole and is what its report says.",
     "push": "Check a merged model and upload it to the Hub.",
     "lora": "Edit a LoRA adapter by its factors, without the base model.",
     "align": "Show how the updates of several checkpoints lie to each other.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -13,6 +13,7 @@ from mergekit_monosoup.cli.failure import reported_errors
 if TYPE_CHECKING:
     from mergekit_monosoup.inspection import Inspection
     from mergekit_monosoup.report.schema import TensorRecord
+    from mergekit_monosoup.spectral.mixing import Mixing
 
 
 @click.command()
@@ -26,6 +27,21 @@ if TYPE_CHECKING:
     metavar="R",
     help="Split by the energy threshold R as well; repeatable, and free: one decomposition serves all.",
 )
+@click.option(
+    "--split",
+    type=click.Choice(["effective_rank", "energy", "donoho_gavish"]),
+    default="effective_rank",
+    show_default=True,
+    help="Rule of the main table; `energy` is R = 0.8.",
+)
+@click.option(
+    "--threshold-scale",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Factor on the Donoho-Gavish threshold.",
+)
+@click.option("--dg-hard", is_flag=True, help="What dg_hard would do: that split, the rest dropped.")
 @click.option("--filter", "part", default="", metavar="TEXT", help="Only tensors whose name contains TEXT.")
 @click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Folder for PNG figures.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a report.")
@@ -37,6 +53,9 @@ def inspect(
     base: str,
     finetuned: tuple[str, ...],
     energies: tuple[float, ...],
+    split: Any,
+    threshold_scale: float,
+    dg_hard: bool,
     part: str,
     plot: Path | None,
     json_file: Path | None,
@@ -55,8 +74,11 @@ def inspect(
     from mergekit_monosoup.merging.progress import progress
     from mergekit_monosoup.report.inputs import InputHashes
     from mergekit_monosoup.report.recorder import Recorder, new_header
+    from mergekit_monosoup.spectral.split import Split
 
     with reported_errors():
+        rule = Split("donoho_gavish" if dg_hard else split, threshold_scale=threshold_scale)
+        mixing: Mixing = "high" if dg_hard else "monosoup"
         inspection = Inspection(base, finetuned, cache_dir=cache_dir)
         chosen = [name for name in inspection.tensors if part in name]
         if not chosen:
@@ -72,7 +94,8 @@ def inspect(
                 listener=lambda record: bar.tensor(record),
             )
             with recorder:
-                for record in inspection.records(energies, lambda name: part in name, device):
+                records = inspection.records(energies, lambda name: part in name, device, rule, mixing)
+                for record in records:
                     recorder.add(record)
         _tell(inspection, recorder.records, energies, quiet)
         if plot is not None:
@@ -90,6 +113,7 @@ def inspect(
 def _tell(
     inspection: Inspection, records: list[TensorRecord], energies: tuple[float, ...], quiet: bool
 ) -> None:
+    from mergekit_monosoup.report.survival import lost_to_rounding
     from mergekit_monosoup.report.table import records_table, sorted_records, sweep_table
 
     ordered = sorted_records(records, "tensor")
@@ -97,6 +121,9 @@ def _tell(
         click.echo(records_table(ordered))
         if energies:
             click.echo(f"\n{sweep_table(ordered, [f'{energy:g}' for energy in energies])}")
+    message = lost_to_rounding([r.edit_survival for r in records if r.edit_survival is not None], ahead=True)
+    if message is not None:
+        click.echo(f"warning: {message}", err=True)
     if inspection.missing:
         click.echo(
             f"warning: {len(inspection.missing)} tensors are not in all models: "

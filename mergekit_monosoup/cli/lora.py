@@ -37,6 +37,18 @@ class _Rank(click.ParamType):  # type: ignore[type-arg]
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--energy", type=float, help="Fixed energy threshold in (0, 1]; left out: effective rank.")
 @click.option(
+    "--split",
+    type=click.Choice(["effective_rank", "energy", "donoho_gavish"]),
+    help="Rule for the split; `energy` alone: 0.8. Factors have no noise, so donoho_gavish keeps everything.",
+)
+@click.option(
+    "--threshold-scale",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Factor on the Donoho-Gavish threshold.",
+)
+@click.option(
     "--mixing",
     type=click.Choice(["monosoup", "decay", "alignment", "uniform", "high", "low"]),
     default="monosoup",
@@ -58,6 +70,8 @@ def lora(
     adapters: tuple[str, ...],
     out: Path,
     energy: float | None,
+    split: Any,
+    threshold_scale: float,
     mixing: Any,
     alpha: float,
     rank: Any,
@@ -70,13 +84,15 @@ def lora(
     ADAPTER is the folder or Hub id (or id@revision) of a PEFT adapter; several are averaged before the
     edit. OUT becomes the folder of the edited adapter, of the same rank, scaling and dtype.
     """
+    from mergekit_monosoup.checkpoint.output import refuse_occupied
     from mergekit_monosoup.lora.adapter import read_adapter
     from mergekit_monosoup.lora.base import BaseModel
     from mergekit_monosoup.lora.editing import AdapterOptions, edit_adapters
-    from mergekit_monosoup.lora.writer import refuse_occupied, write_adapter
+    from mergekit_monosoup.lora.writer import write_adapter
+    from mergekit_monosoup.spectral.split import Split
 
     with reported_errors():
-        options = AdapterOptions(energy, mixing, alpha, rank)
+        options = AdapterOptions(Split(split, energy, threshold_scale), mixing, alpha, rank)
         refuse_occupied(out, overwrite)
         read = [read_adapter(source) for source in adapters]
         lookup = BaseModel(base) if base else None

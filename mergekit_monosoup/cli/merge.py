@@ -14,38 +14,62 @@ from mergekit_monosoup.cli.failure import reported_errors
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out_path", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--overwrite", is_flag=True, help="Replace what OUT_PATH holds once the merge is done.")
+@click.option("--resume", is_flag=True, help="Go on with what an interrupted merge has left.")
+@click.option("--restart", is_flag=True, help="Delete what an interrupted merge has left, and begin again.")
 @click.option("--force-base", is_flag=True, help="Merge although the values say that the base is none.")
 @click.option(
     "--report/--no-report", default=True, show_default=True, help="Write monosoup_report.jsonl (our methods)."
 )
+@click.option(
+    "--files-from",
+    metavar="MODEL",
+    help="Model whose configuration, tokenizer and other files go beside the weights; `base`, or a folder or "
+    "Hub id. [default: the recipe's first fine-tuned model]",
+)
+@click.option("--ray", metavar="[ADDRESS|auto|local]", help="Run on a Ray cluster; `local` starts one here.")
+@click.option(
+    "--ray-cpus", type=click.FloatRange(min=0, min_open=True), help="Processors a worker. [default: 1]"
+)
+@click.option("--ray-gpus", type=click.FloatRange(min=0), help="GPUs a worker. [default: 1 with --cuda]")
 @add_merge_options
 def merge(
     config_file: Path,
     out_path: Path,
     overwrite: bool,
+    resume: bool,
+    restart: bool,
     force_base: bool,
     report: bool,
+    files_from: str | None,
+    ray: str | None,
+    ray_cpus: float | None,
+    ray_gpus: float | None,
     merge_options: MergeOptions,
 ) -> None:
     """Run the merge recipe CONFIG_FILE and write the model to OUT_PATH.
 
-    Takes the recipes and options of mergekit-yaml, works offline with local models, makes the checks of
-    `plan` before anything is downloaded, and puts files into OUT_PATH only when the whole merge has
-    succeeded.
+    Takes the recipes and options of mergekit-yaml, works offline with local models, and makes the checks
+    of `plan` before anything is downloaded. The model is made in OUT_PATH.partial and takes its place
+    when it is whole and on the disk; after an interruption, `--resume` goes on with what is there.
     """
-    from mergekit_monosoup.merging.run import merge_to_folder
+    from mergekit_monosoup.merging.run import RunOptions, merge_to_folder
     from mergekit_monosoup.registry import register
 
     merge_options.apply_global_options()
+    cluster = None
+    if ray is not None:
+        from mergekit_monosoup.merging.on_ray import RayOptions
+
+        cluster = RayOptions(ray, ray_cpus, ray_gpus)
+    if resume and restart:
+        raise click.UsageError("--resume goes on with what --restart deletes; pass one of them")
     with reported_errors():
         register()
         merge_to_folder(
             config_file.read_text("utf-8"),
             out_path,
             merge_options,
-            overwrite=overwrite,
-            force_base=force_base,
-            report=report,
+            RunOptions(overwrite, resume, restart, force_base, report, cluster, files_from),
         )
     if not merge_options.quiet:
         click.echo(f"Wrote {out_path}")

@@ -89,7 +89,7 @@ def _totals(found: Plan) -> dict[str, dict[str, int]]:
 
 
 def _as_text(found: Plan, config_file: Path) -> str:
-    from mergekit_monosoup.planning.output import gigabytes
+    from mergekit_monosoup.checkpoint.output import gigabytes
     from mergekit_monosoup.report.table import text_table
 
     parts = []

@@ -40,14 +40,14 @@ def push(
         raise click.UsageError("--create-pr opens a pull request on the main branch; leave out --revision")
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
     log = logging.getLogger(__name__)
-    from mergekit_monosoup.checkpoint.headers import read_folder
+    from mergekit_monosoup.checkpoint.output import gigabytes
     from mergekit_monosoup.merging.progress import progress
-    from mergekit_monosoup.planning.output import gigabytes
+    from mergekit_monosoup.merging.verify import weight_files
     from mergekit_monosoup.publishing import check_folder, upload
 
     with reported_errors():
-        total = sum(t.size for t in read_folder(str(folder), folder).tensors.values())
-        with progress(total, "Checking", quiet=quiet) as bar:
+        total = sum(file.stat().st_size for file in weight_files(folder))
+        with progress(total, "Checking", quiet=quiet, unit="B") as bar:
 
             def seen(name: str, size: int) -> None:
                 bar.advance(name, size)

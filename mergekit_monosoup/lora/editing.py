@@ -15,8 +15,10 @@ from mergekit_monosoup.lora.adapter import PREFIX, AdaptedModule, Adapter, plain
 from mergekit_monosoup.lora.factors import LowRankUpdate, edit_factors, mean_of, rank_for, truncate
 from mergekit_monosoup.lora.settings import settings_for
 from mergekit_monosoup.spectral.crew import at_work, crew
-from mergekit_monosoup.spectral.edit import EditRecord, edit_update
+from mergekit_monosoup.spectral.edit import edit_update
 from mergekit_monosoup.spectral.mixing import Mixing
+from mergekit_monosoup.spectral.record import EditRecord
+from mergekit_monosoup.spectral.split import EFFECTIVE_RANK, Split
 
 LOG = logging.getLogger(__name__)
 
@@ -30,19 +32,17 @@ BaseLookup = Callable[[str], Tensor | None]
 class AdapterOptions:
     """How an adapter is edited.
 
-    `energy`, `mixing` and `alpha` are those of the merge method; `rank` is the rank of the result: None
+    `split`, `mixing` and `alpha` are those of the merge method; `rank` is the rank of the result: None
     for that of the input (for several, the sum), a number, a share of the energy in (0, 1), or `auto` for
     the split index of each module.
     """
 
-    energy: float | None = None
+    split: Split = EFFECTIVE_RANK
     mixing: Mixing = "monosoup"
     alpha: float = 1.0
     rank: Rank = None
 
     def __post_init__(self) -> None:
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise ParameterError(f"energy is {self.energy}; it must be in (0, 1]")
         if not 0 <= self.alpha < float("inf"):
             raise ParameterError(f"alpha is {self.alpha}; it must be a finite number >= 0")
         if isinstance(self.rank, int) and self.rank < 1:
@@ -98,7 +98,7 @@ def edit_adapters(
 
     def edit(name: str) -> tuple[AdaptedModule, ModuleRecord, dict[str, Tensor]]:
         module, update = _mean(name, adapters, tables)
-        update, record = edit_factors(update, energy=options.energy, mixing=options.mixing)
+        update, record = edit_factors(update, split=options.split, mixing=options.mixing)
         update = replace(update, left=update.left * options.alpha)
         error = 0.0
         if options.rank is not None:
@@ -179,7 +179,7 @@ def _ranks(
                     "leave --rank out"
                 )
             return wanted
-        edited, record = edit_factors(update, energy=options.energy, mixing=options.mixing)
+        edited, record = edit_factors(update, split=options.split, mixing=options.mixing)
         if wanted == "auto":
             return max((m.k for m in record.matrices), default=1)
         return update.rank if wanted is None else rank_for(edited, wanted)
@@ -239,5 +239,5 @@ def _whole_tensor(
     w0 = w0.float()
     dw = torch.stack([v.float() - w0 for v in values]).sum(0) / len(adapters)
     if dw.ndim >= 2:
-        dw, _ = edit_update(dw, energy=options.energy, mixing=options.mixing)
+        dw, _ = edit_update(dw, split=options.split, mixing=options.mixing)
     return (w0 + options.alpha * dw).to(values[0].dtype), False

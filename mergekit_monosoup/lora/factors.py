@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.errors import NonFiniteError, ParameterError, ShapeMismatchError
-from mergekit_monosoup.spectral.edit import EditRecord, MatrixRecord
-from mergekit_monosoup.spectral.mixing import Mixing, mixing_coefficients
-from mergekit_monosoup.spectral.split import effective_rank, energy_rank, split_index
+from mergekit_monosoup.spectral.mixing import Mixing
+from mergekit_monosoup.spectral.record import EditRecord, MatrixRecord
+from mergekit_monosoup.spectral.split import EFFECTIVE_RANK, Split, energy_rank
 
 # Squared relative size below which a direction of a Gram matrix is rounding: float64 resolves 2e-16 of
 # the largest, and the sums over up to 1e5 rows cost a little more.
@@ -118,17 +118,19 @@ def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def edit_factors(
-    update: LowRankUpdate, *, energy: float | None = None, mixing: Mixing = "monosoup"
+    update: LowRankUpdate, *, split: Split = EFFECTIVE_RANK, mixing: Mixing = "monosoup"
 ) -> tuple[LowRankUpdate, EditRecord]:
     """Edit a low-rank update: lambda_high dW_high + lambda_low dW_low, as factors of the same rank.
 
     The formulas are those of `spectral.edit_update` (arXiv 2602.09689, section 4) on the non-zero
-    singular values; r is the rank of the factors, so that k = r means that nothing is left over. The
-    edit goes into `left`: `right` stays as it is.
+    singular values; r is the rank of the factors, so that k = r means that nothing is left over. A noise
+    threshold counts the other singular values, which are zero, as well: unless the rank of the factors is
+    half that of the matrix or more, it finds no noise and k is the rank. The edit goes into `left`: `right`
+    stays as it is.
 
     Args:
         update: factors of any floating dtype.
-        energy: R in (0, 1], or None for the effective rank.
+        split: the rule for k.
         mixing: `monosoup` or one of the ablations.
 
     Returns:
@@ -144,25 +146,18 @@ def edit_factors(
         core = core_of(update.left[i], update.right[i])
         if len(core.values) == 0:
             continue
-        record = _record(core.values, update, energy, mixing)
+        shape = update.left.shape[1], update.right.shape[2]
+        record = MatrixRecord.of(core.values, shape, split, mixing, "factors", abs(update.scaling))
         c, k = record.coefficients, record.k
-        if k < len(core.values) and c.lambda_high != c.lambda_low:
+        if 0 < k < len(core.values) and c.lambda_high != c.lambda_low:
             m = (c.lambda_high - c.lambda_low) * (core.u[:, :k] @ core.project[:k])
             m.diagonal().add_(c.lambda_low)
             edited[i] = update.left[i].double() @ m
         else:
-            edited[i] = update.left[i].to(dtype) * c.lambda_high
+            edited[i] = update.left[i].to(dtype) * (c.lambda_low if k == 0 else c.lambda_high)
         records.append(record)
     result = LowRankUpdate(edited, update.right, update.scaling, update.shape)
     return result, EditRecord(tuple(records))
-
-
-def _record(values: Tensor, update: LowRankUpdate, energy: float | None, mixing: Mixing) -> MatrixRecord:
-    k = split_index(values, energy)
-    largest = min(update.left.shape[1], update.right.shape[2])
-    c = mixing_coefficients(values, k, mixing)
-    norm = float(values.norm()) * abs(update.scaling)
-    return MatrixRecord(largest, k, effective_rank(values), c, "factors", norm)
 
 
 def mean_of(

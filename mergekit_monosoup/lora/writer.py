@@ -15,7 +15,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from mergekit_monosoup.errors import ConfigurationError
+from mergekit_monosoup.checkpoint.output import refuse_occupied
 from mergekit_monosoup.lora.adapter import COMPANIONS, Adapter
 from mergekit_monosoup.lora.editing import AdapterOptions, EditedAdapter, ModuleRecord
 
@@ -61,16 +61,6 @@ def write_adapter(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def refuse_occupied(out: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds something, unless it may be replaced."""
-    if out.exists() and not out.is_dir():
-        raise ConfigurationError(f"output {out} is not a folder")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise ConfigurationError(
-            f"output folder {out} is not empty; choose another one, or pass --overwrite to replace it"
-        )
-
-
 def _dump(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
 
@@ -80,8 +70,14 @@ def _provenance(adapters: Sequence[Adapter], options: AdapterOptions) -> dict[st
         "method": "monosoup",
         "paper": "https://arxiv.org/abs/2602.09689",
         "adapters": [a.source for a in adapters],
-        "options": asdict(options),
+        "options": _settings(options),
     }
+
+
+def _settings(options: AdapterOptions) -> dict[str, Any]:
+    settings = asdict(options)
+    split = settings.pop("split")
+    return {"split": split.pop("name"), **split, **settings}
 
 
 def _described(record: ModuleRecord) -> dict[str, Any]:
@@ -105,14 +101,13 @@ def _described(record: ModuleRecord) -> dict[str, Any]:
 def _card(edited: EditedAdapter, adapters: Sequence[Adapter], options: AdapterOptions) -> str:
     base = adapters[0].settings.get("base_model_name_or_path") or ""
     sources = "\n".join(f"- {a.source}" for a in adapters)
-    rule = "effective rank" if options.energy is None else f"energy threshold {options.energy}"
     kept = "".join(f"- {key}\n" for key in edited.kept)
     header = f"base_model: {json.dumps(base)}\n" if base else ""
     title = "Average of edited adapters" if len(adapters) > 1 else "Edited adapter"
     card = (
         f"---\n{header}library_name: peft\ntags:\n- lora\n- mergekit\n- monosoup\n---\n\n# {title}\n\n"
         f"LoRA factors edited with MonoSoup (arXiv 2602.09689). Inputs:\n\n{sources}\n\n"
-        f"Split: {rule}; mixing: {options.mixing}; alpha: {options.alpha:g}; "
+        f"Split: {options.split.title}; mixing: {options.mixing}; alpha: {options.alpha:g}; "
         f"rank: {options.rank or 'as before'}. {RECORD_NAME} says what was done to each module.\n"
     )
     return f"{card}\nStored whole and kept as they were:\n\n{kept}" if kept else card

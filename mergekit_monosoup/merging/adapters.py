@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from mergekit_monosoup.methods.merge import Merge
 LOG = logging.getLogger(__name__)
 
 
+# Folder of a run for what peft has to merge.
+MERGED_ADAPTERS = "merged-adapters"
+
+
 @contextmanager
 def adapters_opened(config: MergeConfiguration, options: MergeOptions, folder: Path) -> Iterator[None]:
-    """Open the `base+adapter` inputs of a recipe under mergekit's loaders, and forget them in the end.
-
-    A linear adapter is read beside its base. What peft has to merge itself is merged into the cache that
-    the options name, or else into a folder that goes with the run.
+    """Open the `base+adapter` inputs of a recipe, and forget them in the end with their merged copies.
 
     Args:
         config, options: of the merge.
@@ -41,27 +42,56 @@ def adapters_opened(config: MergeConfiguration, options: MergeOptions, folder: P
     Raises:
         AdapterError: an adapter is damaged, or of another base.
     """
-    references = sorted({model for model in config.referenced_models() if model.lora is not None}, key=str)
-    LoaderCache().setup(options)
     try:
-        others = [reference for reference in references if not _open_linear(reference, config, options)]
-        if options.lora_merge_cache and len(others) < len(references):
-            LOG.info("--lora-merge-cache is not needed: linear adapters are read beside their base")
-        if others:
-            cache = options.lora_merge_cache or str(folder)
-            copying = options.model_copy(update={"lora_merge_cache": cache})
-            prepare_lora_cache(others, copying)
-            host.open_models(others, copying)
+        open_adapters(config, options, folder)
         yield
     finally:
-        for reference in references:
-            LoaderCache.loaders.pop(reference, None)
+        for model in config.referenced_models():
+            if model.lora is not None:
+                LoaderCache.loaders.pop(model, None)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _open_linear(reference: ModelReference, config: MergeConfiguration, options: MergeOptions) -> bool:
+def open_adapters(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    folder: Path,
+    revisions: Mapping[str, str] | None = None,
+) -> None:
+    """Open the `base+adapter` inputs of a recipe under mergekit's loaders.
+
+    A linear adapter is read beside its base. What peft has to merge itself is merged into the cache that
+    the options name, or else into `folder`.
+
+    Args:
+        config, options: of the merge.
+        folder: for merged copies; made where it is needed.
+        revisions: as `host.open_models` takes them.
+
+    Raises:
+        AdapterError: an adapter is damaged, or of another base.
+    """
+    references = sorted({model for model in config.referenced_models() if model.lora is not None}, key=str)
+    others = [model for model in references if not _open_linear(model, config, options, revisions or {})]
+    if options.lora_merge_cache and len(others) < len(references):
+        LOG.info("--lora-merge-cache is not needed: linear adapters are read beside their base")
+    if others:
+        cache = options.lora_merge_cache or str(folder)
+        copying = options.model_copy(update={"lora_merge_cache": cache})
+        prepare_lora_cache(others, copying)
+        host.open_models(others, copying)
+
+
+def _open_linear(
+    reference: ModelReference,
+    config: MergeConfiguration,
+    options: MergeOptions,
+    revisions: Mapping[str, str],
+) -> bool:
     """Open an adapter beside its base; say whether it could be done."""
     base_model = _base_of(reference, config)
+    commit = revisions.get(str(base_model)) or revisions.get(str(reference))
+    host.open_models([base_model], options, {str(base_model): commit} if commit else None)
     try:
         LoaderCache.loaders[reference] = AdaptedLoader.open(
             reference,

@@ -6,10 +6,11 @@ import queue
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
@@ -25,6 +26,8 @@ T = TypeVar("T")
 # does not stay resident.
 _MAPPED_BYTES = 1 << 28
 _PAGE = 4096
+# What a unit holds while it is computed, in copies of its output: inputs, float32 blocks and squares, output.
+_COPIES = 8
 
 
 def run_units(
@@ -35,48 +38,96 @@ def run_units(
 ) -> None:
     """Compute units and hand each to `write` when it is done.
 
-    One unit is read and one is written while one is computed on each device: three at most are in
-    memory a device.
+    A thread reads ahead, some compute, each on a core or a device of its own, and one writes. A unit is
+    never shared out among cores: so its result does not depend on how many there are. What is held at a
+    time is bounded by the largest units and by the memory that is free, however many units there are.
 
     Args:
         planned: what the units belong to.
         units: those to compute, in order.
         options: devices and threads, as mergekit has them.
         write: stores a tensor; called from one thread at a time.
+
+    Raises:
+        What computing or writing raises first; the units under way are finished before.
     """
     devices = _devices(options)
+    on_cpu = devices == ["cpu"]
+    workers = torch.get_num_threads() if on_cpu else len(devices)
     storage = options.device if options.low_cpu_memory else "cpu"
-    lock = threading.Lock()
+    free = psutil.virtual_memory().available / (2 * _COPIES)
+    room = _Room(min((workers + 1) * max(map(_bytes, units), default=0), int(free)))
+
+    def prepare() -> None:
+        # mergekit keeps the options of its loaders by thread, torch its number of threads.
+        LoaderCache().setup(options=options)
+        if on_cpu:
+            torch.set_num_threads(1)
+
+    def work(index: int) -> None:
+        device = devices[index % len(devices)]
+        for unit, values in ahead:
+            if options.random_seed is not None:
+                # By name: the result does not depend on what was computed before it.
+                torch.manual_seed(options.random_seed ^ zlib.crc32(unit.name.encode()))
+            tensor = compute(unit, planned, values, math_device=device, storage_device=storage or "cpu")
+            del values
+            # A disk that is full stops the merge here, not at its end.
+            if written and written[-1].done():
+                written[-1].result()
+            written.append(writer.submit(store, unit, tensor))
 
     def store(unit: Unit, tensor: Tensor) -> None:
-        with lock:
+        try:
             write(unit, tensor)
+        finally:
+            room.leave(_bytes(unit))
 
-    def work(device: str | torch.device, part: Sequence[Unit]) -> None:
-        with _ahead(_read(part, options)) as loaded, ThreadPoolExecutor(1, "monosoup-write") as writer:
-            last = None
-            for unit, values in loaded:
-                seed = options.random_seed
-                if seed is not None:
-                    # By name: the result does not depend on what was computed before it.
-                    torch.manual_seed(seed ^ _stable_hash(unit.name))
-                tensor = compute(unit, planned, values, math_device=device, storage_device=storage or "cpu")
-                del values
-                if last is not None:
-                    last.result()
-                last = writer.submit(store, unit, tensor)
-                del tensor
-            if last is not None:
-                last.result()
+    written: list[Future[None]] = []
+    with (
+        _Ahead(_read(units, room, prepare)) as ahead,
+        ThreadPoolExecutor(1, "monosoup-write") as writer,
+        ThreadPoolExecutor(workers, "monosoup-compute", prepare) as computing,
+    ):
+        try:
+            for worker in as_completed([computing.submit(work, i) for i in range(workers)]):
+                worker.result()
+        except BaseException:
+            # Also when the user interrupts: the other threads end with the units they have.
+            ahead.stop()
+            room.open()
+            raise
+    for part in written:
+        part.result()
 
-    if len(devices) == 1:
-        work(devices[0], units)
-        return
-    with ThreadPoolExecutor(len(devices), "monosoup-device") as pool:
-        # Largest first, dealt out in turn: the devices end at about the same time.
-        ordered = sorted(units, key=lambda unit: -unit.size)
-        for done in [pool.submit(work, d, ordered[i :: len(devices)]) for i, d in enumerate(devices)]:
-            done.result()
+
+class _Room:
+    """A bound on the bytes in flight; a unit larger than all of it goes alone."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._held = 0
+        self._open = False
+        self._changed = threading.Condition()
+
+    def enter(self, size: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._open or not self._held or self._held + size <= self._size)
+            self._held += size
+
+    def leave(self, size: int) -> None:
+        with self._changed:
+            self._held -= size
+            self._changed.notify_all()
+
+    def open(self) -> None:
+        with self._changed:
+            self._open = True
+            self._changed.notify_all()
+
+
+def _bytes(unit: Unit) -> int:
+    return unit.size * unit.dtype.itemsize
 
 
 def _devices(options: MergeOptions) -> list[str | torch.device]:
@@ -88,11 +139,13 @@ def _devices(options: MergeOptions) -> list[str | torch.device]:
     return [torch.device(kind, i) for i in range(get_torch_accelerator_count(options.device))] or ["cpu"]
 
 
-def _read(units: Iterable[Unit], options: MergeOptions) -> Iterator[tuple[Unit, Mapping[Task[Any], Any]]]:
-    # mergekit keeps the options of its loaders by thread.
-    LoaderCache().setup(options=options)
+def _read(
+    units: Iterable[Unit], room: _Room, prepare: Callable[[], None]
+) -> Iterator[tuple[Unit, Mapping[Task[Any], Any]]]:
+    prepare()
     mapped = 0
     for unit in units:
+        room.enter(_bytes(unit))
         values = {task: task.execute() for task in host.inputs_of(unit.task)}
         mapped += sum(_touch(tensor) for tensor in values.values() if tensor is not None)
         if mapped > _MAPPED_BYTES:
@@ -109,24 +162,24 @@ def _touch(tensor: Tensor) -> int:
     return size
 
 
-def _stable_hash(name: str) -> int:
-    return zlib.crc32(name.encode())
-
-
-class _ahead(Iterator[T]):
-    """Iterate in a thread of its own, one item ahead; what it raises is raised here."""
+class _Ahead(Iterator[T]):
+    """Iterate in a thread of its own, one item ahead, for several threads; what it raises is raised here."""
 
     def __init__(self, items: Iterator[T]) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(1)
-        self._stop = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(items,), name="monosoup-read", daemon=True)
 
-    def __enter__(self) -> _ahead[T]:
+    def stop(self) -> None:
+        """Give out no further items."""
+        self._stopped.set()
+
+    def __enter__(self) -> _Ahead[T]:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
+        self.stop()
         # Make room for what it has read meanwhile, and for its last word.
         while self._thread.is_alive():
             with suppress(queue.Empty):
@@ -137,16 +190,21 @@ class _ahead(Iterator[T]):
         try:
             for item in items:
                 self._queue.put((item, None))
-                if self._stop.is_set():
-                    return
+                if self._stopped.is_set():
+                    break
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that asks
             self._queue.put((None, error))
         else:
             self._queue.put((None, StopIteration()))
 
     def __next__(self) -> T:
+        if self._stopped.is_set():
+            raise StopIteration
         item, error = self._queue.get()
         if error is not None:
+            # For the other threads that ask.
+            self._stopped.set()
+            self._queue.put((None, StopIteration()))
             raise error
         value: T = item
         return value

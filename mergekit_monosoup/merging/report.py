@@ -8,7 +8,6 @@ from typing import Literal
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_monosoup.merging.progress import Progress
 from mergekit_monosoup.methods.merge import checkpoint_folder
 from mergekit_monosoup.report.inputs import InputHashes
 from mergekit_monosoup.report.reader import FILE_NAME
@@ -20,7 +19,6 @@ def merge_recorder(
     config: MergeConfiguration,
     options: MergeOptions,
     staging: Path,
-    bar: Progress,
     write: bool,
 ) -> Recorder:
     """Return the recorder of a merge.
@@ -28,7 +26,6 @@ def merge_recorder(
     Args:
         recipe, config, options: of the merge.
         staging: where the merged model is written.
-        bar: shows each tensor as it is done.
         write: whether to write `monosoup_report.jsonl`, with the hashes of the inputs.
     """
     header = new_header(
@@ -41,7 +38,6 @@ def merge_recorder(
         header,
         staging / FILE_NAME if write else None,
         hashes=_hashes(config) if write else None,
-        listener=bar.record,
     )
 
 

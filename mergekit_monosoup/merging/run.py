@@ -2,122 +2,297 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
-from mergekit.io.tensor_writer import TensorWriter
 from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_monosoup import host
-from mergekit_monosoup.checkpoint.dequantised import has_scales
-from mergekit_monosoup.checkpoint.headers import read_folder
-from mergekit_monosoup.checkpoint.lineage import SAMPLED_TENSORS, BaseWatch, check_base
-from mergekit_monosoup.errors import ConfigurationError, InputError
-from mergekit_monosoup.lora.exact import same_base
-from mergekit_monosoup.merging.adapters import adapters_opened
-from mergekit_monosoup.merging.architecture import fitting_architecture
+from mergekit_monosoup.alignment.soup_decision import SoupDecision
+from mergekit_monosoup.checkpoint.output import FULL, full_disk
+from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
+from mergekit_monosoup.errors import ConfigurationError, InputError, InterruptedMerge
+from mergekit_monosoup.merging.adapters import MERGED_ADAPTERS, adapters_opened
 from mergekit_monosoup.merging.card import write_card
+from mergekit_monosoup.merging.files import files_model, source_of, write_beside
+from mergekit_monosoup.merging.fingerprint import check_unchanged, fingerprint, stamps
+from mergekit_monosoup.merging.folder import WorkFolder
+from mergekit_monosoup.merging.journal import Done, Journal
 from mergekit_monosoup.merging.local import run_units
-from mergekit_monosoup.merging.progress import progress
+from mergekit_monosoup.merging.modules import merge_modules
+from mergekit_monosoup.merging.prepared import Prepared, check_bases
+from mergekit_monosoup.merging.progress import Progress
 from mergekit_monosoup.merging.report import merge_recorder
-from mergekit_monosoup.merging.units import Unit, by_input, plan_units
-from mergekit_monosoup.methods.merge import Merge
-from mergekit_monosoup.planning.output import STAGING
+from mergekit_monosoup.merging.units import Unit, by_input, is_out_of_memory, out_of_memory
+from mergekit_monosoup.merging.writer import PickleWriter, Writer
 from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
-from mergekit_monosoup.registry import stock
 from mergekit_monosoup.report.recorder import Recorder
-from mergekit_monosoup.report.rounding import sample
 from mergekit_monosoup.report.schema import TensorRecord
+
+if TYPE_CHECKING:
+    from mergekit_monosoup.merging.on_ray import RayOptions
 
 LOG = logging.getLogger(__name__)
 
-# Folder for what peft has to merge; gone before the result is put in its place.
-MERGED_ADAPTERS = "merged-adapters"
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How our command runs a recipe, beside mergekit's own options.
+
+    Args:
+        overwrite: replace what the output folder holds, once the new result stands.
+        resume: go on with what an interrupted merge has left.
+        restart: delete what an interrupted merge has left.
+        force_base: merge although the values say that the base is none.
+        report: write `monosoup_report.jsonl` where the method is one of ours.
+        ray: where to run the units; absent: in this process.
+        files_from: model whose files go beside the weights: `base`, or a folder or Hub id; absent: the first
+            fine-tuned one of the recipe.
+    """
+
+    overwrite: bool = False
+    resume: bool = False
+    restart: bool = False
+    force_base: bool = False
+    report: bool = True
+    ray: RayOptions | None = None
+    files_from: str | None = None
 
 
 def merge_to_folder(
-    recipe: str,
-    out_path: Path,
-    options: MergeOptions,
-    *,
-    overwrite: bool = False,
-    force_base: bool = False,
-    report: bool = True,
+    recipe: str, out_path: Path, options: MergeOptions, run_options: RunOptions = RunOptions()
 ) -> None:
     """Run `recipe` as `mergekit-yaml` would and put the finished model into `out_path`.
+
+    It is made in `OUT.partial` beside it and moved in by one rename. What is done when the merge is
+    interrupted is kept there, and `resume` goes on with it.
 
     Args:
         recipe: the YAML text.
         out_path: folder of the result; created where it is missing.
         options: mergekit's own options.
-        overwrite: replace what the folder holds, after the merge has succeeded.
-        force_base: merge although the values say that the base is none.
-        report: write `monosoup_report.jsonl` where the method is one of ours.
+        run_options: ours.
 
     Raises:
-        ConfigurationError: the plan finds errors; all of them are in the message.
+        ConfigurationError: the plan finds errors (all of them are in the message), or the folder is taken.
         InputError: the base may not be the base.
+        OutputError: the result cannot be written.
+        InterruptedMerge: by the user; says how to go on.
     """
-    plan = _checked_plan(recipe, out_path, options, overwrite)
+    plan = _checked_plan(recipe, out_path, options, run_options)
     config = MergeConfiguration.model_validate(yaml.safe_load(recipe))
-    ours = plan.method is not None and plan.method.ours
-    with (
-        _staged(out_path, overwrite) as staging,
-        adapters_opened(config, options, staging / MERGED_ADAPTERS),
-    ):
+    folder = WorkFolder(out_path)
+    left = folder.open(
+        overwrite=run_options.overwrite, resume=run_options.resume, restart=run_options.restart
+    )
+    run = Run(recipe, config, options, plan, folder, left, run_options)
+    try:
+        try:
+            run.prepare(run_options.force_base)
+            run.execute()
+            run.complete(out_path.resolve().name)
+        finally:
+            # Under the lock still: what the journal has not written yet goes to the disk.
+            run.close()
+        folder.finish()
+    except KeyboardInterrupt as error:
+        folder.abandon(keep=run.has_results)
+        if not run.has_results:
+            raise InterruptedMerge("interrupted; nothing was written") from error
+        raise InterruptedMerge(
+            f"interrupted; what is done is kept in {folder.root}: run the same command with --resume to go on"
+        ) from error
+    except (ConfigurationError, InputError):
+        # What was merged of such a recipe or input is of no use to the next.
+        folder.abandon(keep=left)
+        raise
+    except BaseException as error:
+        folder.abandon(keep=run.has_results)
+        if run.has_results:
+            LOG.warning("what is done is kept in %s; --resume goes on with it", folder.root)
+        if is_out_of_memory(error):
+            raise out_of_memory("the merge") from error
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise full_disk(folder.path) from error
+        raise
+
+
+class Run:
+    """One recipe on its way to a folder: plan, units, work, finish."""
+
+    def __init__(
+        self,
+        recipe: str,
+        config: MergeConfiguration,
+        options: MergeOptions,
+        plan: Plan,
+        folder: WorkFolder,
+        resumed: bool,
+        run_options: RunOptions,
+    ) -> None:
+        """Take what the run is about; nothing is read yet. See `merge_to_folder`."""
+        self._recipe, self._config, self._options, self._plan = recipe, config, options, plan
+        self._folder, self._resumed = folder, resumed
+        self._ours = plan.method is not None and plan.method.ours
+        self._report = run_options.report and self._ours
+        self._ray = run_options.ray
+        self._files_from = run_options.files_from
+        # Records of tensors that are computed and not yet written.
+        self._pending: dict[str, TensorRecord] = {}
+        self._journal: Journal | None = None
+        self._recorder: Recorder | None = None
+        self._bar: Progress | None = None
+        self._adapters = ExitStack()
+        self.has_results = resumed
+
+    def prepare(self, force_base: bool) -> None:
+        """Open the inputs, plan the units, and lay out the output's files."""
+        config, options = self._config, self._options
+        # First: a name that is wrong must not show when all is computed.
+        self._source = source_of(files_model(config, self._files_from), options, config.base_model)
+        copies = self._folder.root / MERGED_ADAPTERS
+        self._adapters.enter_context(adapters_opened(config, options, copies))
         host.open_models(config.referenced_models(), options)
-        if ours and not force_base:
+        for model in config.referenced_models() if self._ours else ():
+            refuse_quantized_checkpoint(model)
+        if self._ours and not force_base:
             check_bases(config)
-        config = _with_common_dtype(config)
-        total = sum(tensor.size for tensor in plan.tensors)
-        with (
-            progress(total, "Merging", quiet=options.quiet) as bar,
-            merge_recorder(recipe, config, options, staging, bar, report and ours) as recorder,
-        ):
-            merge = Merge(config.base_model, finetuned_models(config), on_record=[recorder.add])
-            _run(config, options, merge, staging, recorder)
-            merge.close()
-        _drop_quantization_config(staging / "config.json")
+        self._prepared = Prepared.of(config, options, [self._take])
+        self._inputs = stamps(self._prepared.models)
+        layout, path = self._prepared.layout, self._folder.path
+        said = fingerprint(self._recipe, options, self._inputs, layout)
+        self._recorder = merge_recorder(self._recipe, config, options, path, self._report)
+        kept = Journal.resume(self._folder.journal, said, self._sync) if self._resumed else None
+        self._writer: Writer | PickleWriter
+        if not options.safe_serialization:
+            self._writer = PickleWriter(path, options.out_shard_size)
+        elif self._resumed:
+            self._writer = Writer.reopen(path, layout)
+        else:
+            self._writer = Writer.create(path, layout)
+        self._journal = kept or Journal(self._folder.journal, said, self._sync)
+
+    def execute(self) -> None:
+        """Compute what is not there yet, and write it."""
+        if self._journal is None or self._recorder is None:
+            raise RuntimeError("a run is prepared before it is executed")
+        units = self._prepared.units.units
+        self._bar = Progress(sum(unit.size for unit in units), "Merging", quiet=self._options.quiet)
+        kept = self._verified()
+        for unit in units:
+            if unit.name in kept:
+                self._tell(unit, kept[unit.name].record)
+        rest = [unit for unit in units if unit.name not in kept]
+        if kept:
+            LOG.warning("going on: %d of %d tensors are done", len(kept), len(units))
+        if self._ray is not None and rest:
+            self._on_ray(rest, self._ray)
+        else:
+            run_units(self._prepared.units, by_input(rest), self._options, self._store)
+        if self._prepared.merge.decision is not None:
+            self._journal.note(self._prepared.merge.decision.sentence())
+        check_unchanged(self._inputs, self._prepared.models)
+        self._writer.finish()
+        self._prepared.merge.close()
+
+    def _on_ray(self, units: Sequence[Unit], ray_options: RayOptions) -> None:
+        from mergekit_monosoup.merging.on_ray import Cluster, connected
+
+        if not self._options.safe_serialization:
+            raise ConfigurationError("--ray writes safetensors files; leave out --no-safe-serialization")
+        with connected(ray_options):
+            cluster = Cluster(self._prepared, self._options, self._folder.path, ray_options)
+            try:
+                merge = self._prepared.merge
+                if self._config.merge_method == "sfgs":
+                    # One decision, taken here over inner products from all workers, and handed to all.
+                    merge.align = cluster.align
+                    first, *units = sorted(units, key=lambda unit: unit.size)
+                    run_units(self._prepared.units, [first], self._options, self._store)
+                cluster.run(units, self._written, self._came_back)
+            finally:
+                cluster.close()
+
+    def complete(self, name: str) -> None:
+        """Write what lies beside the weights: configuration, tokenizer, card."""
+        if self._journal is None or self._recorder is None:
+            raise RuntimeError("a run is executed before it is completed")
+        path, ready, options = self._folder.path, self._prepared, self._options
+        tokenizer = ready.units.tokenizer[1] if ready.units.tokenizer else None
+        write_beside(path, self._source, ready.config, ready.arch, options, tokenizer)
+        decision = ready.merge.decision
+        taken = list(decision.taken) if isinstance(decision, SoupDecision) else None
+        modules = merge_modules(
+            ready.config, options, self._source.folder, path, ours=self._ours, taken=taken
+        )
+        for record in modules:
+            self._recorder.add(record)
+        self._recorder.close()
         if options.write_model_card:
+            records = self._recorder.records if self._ours else []
             write_card(
-                recipe,
-                staging,
-                out_path.resolve().name,
-                recorder.header,
-                recorder.records if ours else [],
-                notes=[merge.decision.sentence()] if merge.decision is not None else [],
+                self._recipe,
+                path,
+                name,
+                self._recorder.header,
+                records,
+                notes=self._journal.notes,
+                source=self._source.folder,
             )
 
+    def close(self) -> None:
+        """Let go of files."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._recorder is not None:
+            self._recorder.abort()
+        if self._journal is not None:
+            self._journal.close()
+        self._adapters.close()
 
-def _run(
-    config: MergeConfiguration, options: MergeOptions, merge: Merge, staging: Path, recorder: Recorder
-) -> None:
-    arch = fitting_architecture(config, options)
-    out_config = host.out_config(config, arch, options.trust_remote_code)
-    with stock().suspended():
-        planned = plan_units(config, arch, options, out_config, merge)
-    writer = TensorWriter(str(staging), options.out_shard_size, options.safe_serialization)
-    recorded = {record.tensor for record in recorder.records}
+    def _sync(self) -> None:
+        self._writer.sync()
 
-    def write(unit: Unit, tensor: Tensor) -> None:
-        writer.save_tensor(unit.name, tensor, clone=options.clone_tensors)
-        if unit.name not in recorded and not any(r.tensor == unit.name for r in recorder.records):
-            recorder.add(_passed_on(unit, config))
+    def _take(self, record: TensorRecord) -> None:
+        self._pending[record.tensor] = record
 
-    run_units(planned, by_input(planned.units), options, write)
-    writer.finalize()
-    tokenizer = planned.tokenizer[1] if planned.tokenizer else None
-    host.finish_folder(config, arch, options, out_config, tokenizer, str(staging))
+    def _store(self, unit: Unit, tensor: Tensor) -> None:
+        self._written(unit, self._writer.write(unit.name, tensor), self._pending.pop(unit.name, None))
+
+    def _came_back(self, unit: Unit, tensor: Tensor, record: TensorRecord | None) -> None:
+        self._written(unit, self._writer.write(unit.name, tensor), record)
+
+    def _written(self, unit: Unit, digest: str, record: TensorRecord | None) -> None:
+        """Take note of a tensor that lies in its place."""
+        known = record or _passed_on(unit, self._config)
+        line = known.model_copy(update={"sha256": digest}).model_dump(mode="json", exclude_defaults=True)
+        if self._journal is not None:
+            self._journal.add(Done(unit.name, digest, line))
+        self.has_results = True
+        self._tell(unit, line)
+
+    def _tell(self, unit: Unit, line: dict[str, Any] | None) -> None:
+        record = TensorRecord.model_validate(line) if line is not None else _passed_on(unit, self._config)
+        # From workers and from the run that this one goes on with, too.
+        self._prepared.merge.note_survival(record.tensor, record.edit_survival)
+        if self._bar is not None:
+            self._bar.record(record)
+        if self._recorder is not None:
+            self._recorder.add(record)
+
+    def _verified(self) -> dict[str, Done]:
+        """Return the finished tensors whose bytes are what the journal says."""
+        if self._journal is None:
+            return {}
+        self._journal.recheck(self._writer.stored_hash)
+        return self._journal.kept
 
 
 def _passed_on(unit: Unit, config: MergeConfiguration) -> TensorRecord:
@@ -133,55 +308,13 @@ def _passed_on(unit: Unit, config: MergeConfiguration) -> TensorRecord:
     )
 
 
-def finetuned_models(config: MergeConfiguration) -> tuple[ModelReference, ...]:
-    """Return the models of a recipe besides its base, in the order in which they are listed."""
-    owners = [config, *(config.modules or {}).values()]
-    listed = [entry.model for owner in owners for entry in owner.models or ()]
-    listed += [s.model for owner in owners for part in owner.slices or () for s in part.sources]
-    return tuple(dict.fromkeys(model for model in listed if model != config.base_model))
-
-
-def check_bases(config: MergeConfiguration) -> None:
-    """Look at sampled values of all checkpoints of a recipe, which mergekit has opened by now.
-
-    Raises:
-        InputError: the base may not be the base.
-    """
-    base = config.base_model
-    for model in finetuned_models(config) if base is not None else ():
-        if model.lora is not None and same_base(model, base):
-            continue
-        message = _base_message(base, model)
-        if message is not None:
-            raise InputError(f"{message}, or pass --force-base to merge all the same")
-
-
-def _base_message(base: ModelReference, model: ModelReference) -> str | None:
-    """Sample the files; whole tensors only where they are pickled."""
-    loaders = [LoaderCache().get(reference) for reference in (base, model)]
-    if all(loader.index.is_safetensors for loader in loaders):
-        folders = [Path(loader.index.base_path) for loader in loaders]
-        one, two = (read_folder(str(r), f) for r, f in zip((base, model), folders, strict=True))
-        return check_base(one, two)
-    names = [name for name in loaders[0].index.tensor_paths if name in loaders[1].index.tensor_paths]
-    watch = BaseWatch()
-    for name in names[:: max(1, len(names) // (4 * SAMPLED_TENSORS))]:
-        w0, w1 = (loader.get_tensor(name) for loader in loaders)
-        if w0.ndim > 1 and w0.is_floating_point() and w0.shape == w1.shape:
-            samples = [sample(tensor).double().numpy() for tensor in (w0, w1)]
-            message = watch.see(str(base), str(model), name, *samples)
-            if message is not None:
-                return message
-    return None
-
-
-def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, overwrite: bool) -> Plan:
+def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, run_options: RunOptions) -> Plan:
     """Plan first: what can be known to fail must fail before a download."""
     plan = make_plan(
         recipe,
         PlanOptions(
             out=out_path,
-            overwrite=overwrite,
+            overwrite=run_options.overwrite,
             allow_crimes=options.allow_crimes,
             truncate_embeddings=options.unsafe_truncate_embeddings,
             costs=False,
@@ -195,49 +328,3 @@ def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, overwrite:
     if errors:
         raise ConfigurationError("the merge would fail:\n  " + "\n  ".join(map(str, errors)))
     return plan
-
-
-def _with_common_dtype(config: MergeConfiguration) -> MergeConfiguration:
-    """Set `dtype` where some checkpoints are float8 and others are not: these have no common dtype."""
-    held = [LoaderCache().get(model).index.tensor_paths for model in config.referenced_models()]
-    float8 = {has_scales(names) for names in held}
-    if config.dtype is not None or len(float8) == 1:
-        return config
-    LOG.warning("some checkpoints are stored as float8 and others are not: merging with dtype: bfloat16")
-    return config.model_copy(update={"dtype": "bfloat16"})
-
-
-def _drop_quantization_config(file: Path) -> None:
-    """Remove what config.json says of a quantised base: merged weights are stored as plain numbers."""
-    content = json.loads(file.read_text("utf-8"))
-    if content.pop("quantization_config", None) is not None:
-        LOG.warning("the merged weights are not quantised: config.json is without quantization_config")
-        file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-
-
-@contextmanager
-def _staged(out_path: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a folder whose files replace those of `out_path` on success, and vanish on failure."""
-    existed = out_path.exists()
-    staging = out_path / STAGING
-    if staging.exists():
-        LOG.warning("removing what an interrupted merge left in %s", staging)
-        shutil.rmtree(staging)
-    if existed and any(out_path.iterdir()) and not overwrite:
-        raise ConfigurationError(
-            f"output folder {out_path} is not empty; choose another one, or pass --overwrite to "
-            "replace its contents"
-        )
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        for entry in list(out_path.iterdir()):
-            if entry != staging:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        # config.json last: without it, no loader takes the folder for a model.
-        for entry in sorted(staging.iterdir(), key=lambda e: e.name == "config.json"):
-            os.replace(entry, out_path / entry.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not existed and not any(out_path.iterdir()):
-            out_path.rmdir()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.methods.inputs import is_whole_recipe
-from mergekit_monosoup.methods.merge import Merge
+from mergekit_monosoup.methods.merge import Merge, checkpoint_folder
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -148,6 +148,7 @@ class Stock:
             first, plan.begun = not plan.begun, True
         if first:
             _name_lost(plan)
+            _name_files(plan)
         return plan.merge
 
     def close(self) -> None:
@@ -174,6 +175,25 @@ def _name_lost(plan: _Plan) -> None:
                 describe(lost),
             )
             return
+
+
+def _name_files(plan: _Plan) -> None:
+    """Say which files of the fine-tuned checkpoint mergekit's commands will take from the base instead."""
+    folders = [checkpoint_folder(model) for model in (plan.merge.base, *plan.merge.finetuned[:1])]
+    base, finetuned = folders if len(folders) == 2 else (None, None)
+    if base is None or finetuned is None:
+        return
+    from mergekit_monosoup.checkpoint.companions import difference
+
+    found = difference(base, finetuned)
+    if found is not None:
+        LOG.warning(
+            "%s has %s, and mergekit copies the base's; bring them over afterwards by `mergekit-monosoup "
+            "complete OUT --from %s`, or merge by `mergekit-monosoup merge`",
+            plan.merge.finetuned[0],
+            found,
+            plan.merge.finetuned[0],
+        )
 
 
 def _lost(model: ModelReference, planned: set[str]) -> list[str]:

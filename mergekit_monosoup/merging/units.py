@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference
@@ -20,13 +23,15 @@ from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from mergekit_monosoup import host
 from mergekit_monosoup.checkpoint.float8 import DEQUANTISED, FLOAT8
 from mergekit_monosoup.checkpoint.headers import header_of
+from mergekit_monosoup.errors import InputError, OutputError
 from mergekit_monosoup.lora.adapted import AdaptedLoader
 from mergekit_monosoup.merging.adapters import base_models, with_adapters
 from mergekit_monosoup.methods.contract import MERGE, UpdateMethod
 from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.report.schema import Action
+from mergekit_monosoup.spectral.matrix import choose_view
 
-Rewrite = Callable[[list["Unit"]], list["Unit"]]
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ def plan_units(
         tokenizer[1] if tokenizer else None,
     )
     ours = isinstance(merge_methods.get(config.merge_method), UpdateMethod)
-    units = []
+    # By name: some definitions list a tensor under two modules, and the last one counts.
+    units: dict[str, Unit] = {}
     for entry in planned:
         task = with_adapters(entry.task, merge)
         like = shapes.of(task)
@@ -98,8 +104,9 @@ def plan_units(
             if ours:
                 task = host.with_parameters(task, **{MERGE: merge})
                 dtype = DEQUANTISED if dtype in FLOAT8 else dtype
-        units.append(Unit(entry.name, task, tuple(like.shape), dtype, passed_on))
-    return PlannedUnits(tuple(units), tokenizer)
+                merge.stored_dtypes[entry.name] = dtype
+        units[entry.name] = Unit(entry.name, task, tuple(like.shape), dtype, passed_on)
+    return PlannedUnits(tuple(units.values()), tokenizer)
 
 
 def stored_shapes(model: ModelReference) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -135,22 +142,72 @@ def compute(
         loaded: inputs that have been read already, by their tasks.
         math_device, storage_device: as mergekit's executor has them.
     """
-    result: torch.Tensor = host.run_task(
-        unit.task, planned.tokenizer, loaded, math_device=math_device, storage_device=storage_device
-    )
+    try:
+        try:
+            result: torch.Tensor = host.run_task(
+                unit.task, planned.tokenizer, loaded, math_device=math_device, storage_device=storage_device
+            )
+        except torch.OutOfMemoryError:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            _say_once(
+                f"{math_device} is out of memory: tensors that it has no room for are computed on the CPU"
+            )
+            result = host.run_task(unit.task, planned.tokenizer, loaded)
+    except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise InputError(
+            f"tensor {unit.name}: its decomposition failed ({error}); set `spectrum: svd` for it, or "
+            "`edit: false`"
+        ) from error
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(f"tensor {unit.name}") from error
+        raise
     return result.to(unit.dtype)
 
 
-def by_input(units: Sequence[Unit]) -> list[Unit]:
-    """Return the units in the order in which their inputs lie in the files, so that each is opened once."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether the operating system has no more memory to give, in whichever words of a library."""
+    said = ("allocate memory", "start new thread")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
-    def place(unit: Unit) -> tuple[str, str]:
-        places = []
+
+def out_of_memory(what: str) -> OutputError:
+    """Return the error for it."""
+    return OutputError(
+        f"{what}: there is not enough memory; close other programs, or let fewer tensors be computed at a "
+        "time (OMP_NUM_THREADS=1)"
+    )
+
+
+@cache
+def _say_once(message: str) -> None:
+    LOG.warning("%s", message)
+
+
+def cost(unit: Unit) -> float:
+    """Return how long a unit takes, in operations: of a decomposition for a matrix, else of a few passes."""
+    view = choose_view(unit.shape, unit.name)
+    if not view.decomposes:
+        return 10.0 * unit.size
+    count, rows, columns = view.shape
+    short = min(rows, columns)
+    return count * (4.0 * short * rows * columns + 9.0 * short**3)
+
+
+def by_input(units: Sequence[Unit]) -> list[Unit]:
+    """Return the units file by file of their inputs, so that each is opened once.
+
+    Of a file the largest come first: what takes longest must not begin last.
+    """
+
+    def place(unit: Unit) -> tuple[str, int]:
+        files = []
         for task in host.inputs_of(unit.task):
             loader = host.loader_of(task.model)
             name = host.stored_name(task)
             if loader is not None and name is not None:
-                places.append((loader.index.tensor_paths[name], name))
-        return max(places, default=("", unit.name))
+                files.append(loader.index.tensor_paths[name])
+        return max(files, default=""), -unit.size
 
     return sorted(units, key=place)

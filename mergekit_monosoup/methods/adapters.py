@@ -102,42 +102,47 @@ class AdapterInputs:
         weights: Sequence[float],
         options: EditOptions,
         view: MatrixView,
-        edit: bool,
+        reason: str,
         min_relative_update: float,
     ) -> MergedWeight:
         """Return W0 + alpha * (edited) mean update, rounded once to the dtype of the inputs.
 
         A tensor that no adapter touches keeps the bits of the base. Where all updates are low-rank, the
         spectrum is that of the factors; where checkpoints take part, that of the mean update.
+
+        Args:
+            weights: of the average.
+            options: of the edit.
+            view: how the tensor is read as matrices.
+            reason: why it is not edited; empty where it is.
+            min_relative_update: parameter of the recipe.
         """
         inputs, shares = self._inputs, self._inputs.shares(weights)
         action: Action = "kept" if len(shares) == 1 else "averaged"
         if self.untouched:
             return MergedWeight(inputs.stored_base, action, "no adapter touches it", update_norm=0.0)
         base = inputs.base
-        reason = "" if view.decomposes else "not a matrix"
-        if not reason and not edit:
-            reason = "edit: false"
         if not reason and min_relative_update:
             small = float(self.mean_update(shares).norm()) < min_relative_update * float(base.norm())
             reason = below(min_relative_update) if small else ""
         if reason:
             dw = self.mean_update(shares)
-            result = inputs.add_to_base(dw, options.alpha)
-            return MergedWeight(result, action, reason, update_norm=float(dw.norm()))
+            stored = inputs.add_to_base(dw, options.alpha, exact=True)
+            return MergedWeight(stored.weight, action, reason, update_norm=float(dw.norm()))
         factors = self.mean_factors(shares)
         if factors is not None:
-            edited, record = edit_factors(factors, energy=options.energy, mixing=options.mixing)
+            edited, record = edit_factors(factors, split=options.split, mixing=options.mixing)
             dw = edited.materialise(base.dtype).to(base.device)
         else:
             dw, record = edit_update(
                 self.mean_update(shares),
-                energy=options.energy,
+                split=options.split,
                 mixing=options.mixing,
                 spectrum=options.spectrum,
                 view=view,
             )
-        return MergedWeight(inputs.add_to_base(dw, options.alpha), "edited", edit=record)
+        stored = inputs.add_to_base(dw, options.alpha, exact=True)
+        return MergedWeight(stored.weight, "edited", edit=record)
 
 
 def with_exact_weights(inputs: GroupInputs, merge: Merge) -> GroupInputs:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from mergekit_monosoup.methods.inputs import GroupInputs, validate_recipe
 from mergekit_monosoup.methods.merge import Merge
+from mergekit_monosoup.methods.parameters import choice
+from mergekit_monosoup.spectral.storing import Rounding, Storage
 
 REPORT = ParameterSpec(
     "report",
@@ -29,6 +31,13 @@ REPORT = ParameterSpec(
     ParameterScope.SHARED,
     default=None,
     description="file to write one record a tensor to (JSON lines)",
+)
+ROUNDING = ParameterSpec(
+    "rounding",
+    choice("rounding", Rounding),
+    ParameterScope.SHARED,
+    default="nearest",
+    description="of the result to 16 bits: nearest, or stochastic (unbiased: small edits survive on average)",
 )
 # Under this name a run hands its merge to each tensor, beside the parameters of the recipe.
 MERGE = "merge"
@@ -112,7 +121,15 @@ class UpdateMethod(GroupMergeMethod):
             merge.close()
         return result
 
-    def merge_group(self, group: TensorGroup, /, *, merge: Merge | None = None, **parameters: Any) -> Tensor:
+    def merge_group(
+        self,
+        group: TensorGroup,
+        /,
+        *,
+        merge: Merge | None = None,
+        rounding: Rounding = "nearest",
+        **parameters: Any,
+    ) -> Tensor:
         """Return the merged tensor in the shape and dtype of the inputs, bfloat16 for float8.
 
         Raises:
@@ -121,7 +138,9 @@ class UpdateMethod(GroupMergeMethod):
         """
         if merge is None:
             merge = self._ambient.merge_of(group) if self._ambient is not None else Merge()
-        return self.merged(GroupInputs.of(group), merge, time.perf_counter(), **parameters)
+        started, name = time.perf_counter(), group.metadata.name or ""
+        inputs = GroupInputs.of(group, Storage(rounding, name, merge.stored_dtypes.get(name)))
+        return self.merged(inputs, merge, started, **parameters)
 
     @abstractmethod
     def merged(

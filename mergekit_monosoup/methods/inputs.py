@@ -19,6 +19,7 @@ from mergekit_monosoup.errors import (
     QuantizedWeightError,
     ShapeMismatchError,
 )
+from mergekit_monosoup.spectral.storing import NEAREST, Storage, sampled_lines, survived
 
 
 def validate_recipe(
@@ -63,18 +64,28 @@ def is_whole_recipe(group_name: str | None) -> bool:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A weight as it is stored, and how much of the edit of a single checkpoint is left; None elsewhere."""
+
+    weight: Tensor
+    survival: float | None = None
+
+
+@dataclass(frozen=True)
 class GroupInputs:
     """The checked inputs of one output tensor.
 
     Tensors stay as they were stored until they are needed, but for float8, which is dequantised;
-    computation is in float32, in float64 for float64. `output_dtype` is what results are stored in.
+    computation is in float32, in float64 for float64. `output_dtype` is what results are returned in, and
+    `storage` says how they are rounded.
     """
 
     group: TensorGroup
     output_dtype: torch.dtype
+    storage: Storage = NEAREST
 
     @classmethod
-    def of(cls, group: TensorGroup) -> GroupInputs:
+    def of(cls, group: TensorGroup, storage: Storage = NEAREST) -> GroupInputs:
         """Check a group and take its base.
 
         Raises:
@@ -84,7 +95,7 @@ class GroupInputs:
             raise MissingBaseError(f"{_label(group)}: no base among the inputs")
         for entry in group.entries:
             _check_storage(entry, group)
-        return cls(*dequantised(group))
+        return cls(*dequantised(group), storage)
 
     @property
     def label(self) -> str:
@@ -171,9 +182,24 @@ class GroupInputs:
             "fine-tuned model are too far apart to belong together"
         )
 
-    def add_to_base(self, dw: Tensor, factor: float) -> Tensor:
-        """Return W0 + factor dW, rounded once to the dtype of the inputs."""
-        return self.checked(torch.add(self.base, dw, alpha=factor).to(self.output_dtype))
+    def add_to_base(self, dw: Tensor, factor: float, exact: bool = False) -> Stored:
+        """Return W0 + factor dW, rounded once to the dtype of the inputs.
+
+        Args:
+            dw: the update.
+            factor: a number.
+            exact: dW is not the difference of stored weights, so nothing is rounded back to one of them.
+        """
+        value = torch.add(self.base, dw, alpha=factor)
+        rounded = self.storage.rounded(value, self.output_dtype)
+        survival = None
+        if len(self.group.non_base) == 1 and not exact and value.numel():
+            flat = sampled_lines(value.numel(), value.numel())
+            w1 = _computed(self.stored_tuned[0]).reshape(-1)[flat]
+            parts = (value.reshape(-1)[flat], rounded.reshape(-1)[flat], w1)
+            found, intended = survived([self.storage.survival(self.output_dtype, *parts)])
+            survival = found / intended if intended else None
+        return Stored(self.checked(rounded), survival)
 
     def checked(self, result: Tensor) -> Tensor:
         """Return a result to store, unless it left the range of its dtype, which float16 alone is short of.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from mergekit_monosoup.checkpoint.lineage import BaseWatch
 from mergekit_monosoup.errors import ParameterError
@@ -18,6 +21,7 @@ from mergekit_monosoup.report.measure import tensor_record
 from mergekit_monosoup.report.recorder import Recorder, new_header
 from mergekit_monosoup.report.rounding import sample
 from mergekit_monosoup.report.schema import TensorRecord
+from mergekit_monosoup.report.survival import lost_to_rounding
 from mergekit_monosoup.spectral.crew import torch_threads
 
 if TYPE_CHECKING:
@@ -38,17 +42,25 @@ class Merge:
             merged without a recipe.
         on_outcome: is told what became of each tensor; costs nothing.
         on_record: is told in figures; each tensor is then measured.
+        stored_dtypes: in which dtype each tensor will be stored in the end, by its name, where that is known
+            and may differ from what a method returns.
+        decision: what was decided once for all tensors.
+        align: measures all checkpoints' updates against each other, given which tensors count and
+            whether adapters go by their factors; absent: they are read here.
     """
 
     base: Any = None
     finetuned: tuple[Any, ...] = ()
     on_outcome: Sequence[Callable[[Outcome], None]] = ()
     on_record: Sequence[Callable[[TensorRecord], None]] = ()
+    stored_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     decision: Any = None
+    align: Callable[[Any, bool], Any] | None = None
     _settings: dict[str, Any] = field(default_factory=dict)
     _settled_by: dict[str, str | None] = field(default_factory=dict)
     _files: dict[Path, Recorder] = field(default_factory=dict)
     _watch: BaseWatch = field(default_factory=BaseWatch)
+    _survivals: dict[str, float] = field(default_factory=dict)
     _adapters: Adapters | None = None
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -89,6 +101,15 @@ class Merge:
                 self.decision = take()
             return self.decision
 
+    def decided(self) -> tuple[Any, dict[str, Any]] | None:
+        """Return the decision and the settings it was taken under, to be handed to another process."""
+        return None if self.decision is None else (self.decision, dict(self._settings))
+
+    def settle(self, decided: tuple[Any, dict[str, Any]]) -> None:
+        """Take over what `decided` returned elsewhere."""
+        with self._lock:
+            self.decision, self._settings = decided
+
     def record(
         self,
         group: TensorGroup,
@@ -116,6 +137,8 @@ class Merge:
         name = group.metadata.name or ""
         for tell in self.on_outcome:
             tell(Outcome(name, merged.action, merged.reason, merged.edit))
+        survival = merged.edit.survival if merged.edit is not None else merged.survival
+        self.note_survival(name, survival)
         if group.base is None:
             return
         self._look_at_base(group, group.base)
@@ -137,21 +160,33 @@ class Merge:
                 method=spec.name,
                 parameters={k: v for k, v in (parameters or {}).items() if v != defaults[k]},
                 figures=dict(figures or {}),
+                edit_survival=survival,
             )
         for take in self.on_record:
             take(record)
         if report is not None:
             self._file(report, spec.name, group).add(record)
 
+    def note_survival(self, tensor: str, survival: float | None) -> None:
+        """Take note of what storage leaves of a tensor's edit, also where others have merged it."""
+        if survival is not None and not math.isnan(survival):
+            with self._lock:
+                self._survivals[tensor] = survival
+
     def close(self) -> None:
-        """Complete the reports that the recipe named."""
+        """Complete the reports that the recipe named; warn where rounding has undone much of the edits."""
         with self._lock:
+            survivals, self._survivals = list(self._survivals.values()), {}
             done = list(self._files.values())
             self._files.clear()
         for recorder in done:
             with suppress(OSError):
                 recorder.close()
                 LOG.info("wrote the report %s", recorder.path)
+
+        message = lost_to_rounding(survivals)
+        if message is not None:
+            LOG.warning("%s", message)
 
     def _look_at_base(self, group: TensorGroup, base: TensorEntry) -> None:
         """Warn once when the values say that the base is none."""

@@ -13,7 +13,7 @@ from mergekit_monosoup.alignment.inner import inner_products
 from mergekit_monosoup.alignment.stock import Angle, model_stock_ratio
 from mergekit_monosoup.errors import ConfigurationError, NonFiniteError
 from mergekit_monosoup.methods.adapters import EXACT_LORA, with_exact_weights
-from mergekit_monosoup.methods.contract import REPORT, UpdateMethod, specification
+from mergekit_monosoup.methods.contract import REPORT, ROUNDING, UpdateMethod, specification
 from mergekit_monosoup.methods.inputs import GroupInputs, is_whole_recipe
 from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.methods.outcomes import MergedWeight
@@ -49,6 +49,7 @@ _SPEC = specification(
             description="keep the ratio in [0, 1]; false: the raw formula",
         ),
         EXACT_LORA,
+        ROUNDING,
         REPORT,
     ),
 )
@@ -113,7 +114,7 @@ class ModelStock(UpdateMethod):
         try:
             cosines = inner_products(base, finetuned, rows=rows).cosines
             t = model_stock_ratio(cosines, angle=angle, bounded=bounded)
-            result = towards_average(base, finetuned, t)
+            result = towards_average(base, finetuned, t, inputs.storage)
         except NonFiniteError:
             inputs.require_finite()
             raise inputs.overflow() from None
@@ -129,7 +130,12 @@ class ModelStock(UpdateMethod):
             merged,
             report=report,
             started=started,
-            parameters={"angle": angle, "filter_wise": filter_wise, "bounded": bounded},
+            parameters={
+                "angle": angle,
+                "filter_wise": filter_wise,
+                "bounded": bounded,
+                "rounding": stored.storage.rounding,
+            },
             figures={"ratio": float(t.mean())},
         )
         return merged.weight

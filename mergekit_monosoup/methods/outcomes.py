@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from mergekit_monosoup.report.schema import Action
-from mergekit_monosoup.spectral.edit import EditRecord
+from mergekit_monosoup.spectral.record import EditRecord
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Outcome:
 class MergedWeight:
     """The weight that a method has made of a group, what it has done, and why.
 
-    `edit` is there for edited ones; `update_norm`, ||dW||_F before any edit, where it was found anyway.
+    `edit` is there for edited ones; `update_norm`, ||dW||_F before any edit, where it was found anyway;
+    `survival`, the share of what was changed that its rounded copy holds, where `edit` does not say it.
     """
 
     weight: Tensor
@@ -33,6 +34,7 @@ class MergedWeight:
     reason: str = ""
     edit: EditRecord | None = None
     update_norm: float | None = None
+    survival: float | None = None
 
 
 def below(threshold: float) -> str:

@@ -57,3 +57,13 @@ def choice(name: str, literal: Any) -> Any:
 def flag(name: str) -> Any:
     """Return the type of a switch."""
     return checked(bool, name, "true or false", lambda _: True)
+
+
+def optional_choice(name: str, literal: Any) -> Any:
+    """Return the type of a `Literal`, or None where the parameter is absent."""
+    return checked(literal | None, name, "one of " + ", ".join(get_args(literal)), lambda _: True)
+
+
+def whole_number(name: str, allowed: str, accept: Callable[[int], bool]) -> Any:
+    """Return the type of an integer in a range."""
+    return checked(int, name, allowed, accept)

@@ -25,7 +25,7 @@ from mergekit_monosoup.alignment.soup_decision import SoupDecision, in_words, so
 from mergekit_monosoup.alignment.stored import Alignment, Refine, align, align_loaders, loader_for
 from mergekit_monosoup.errors import ConfigurationError, NonFiniteError, ParameterError
 from mergekit_monosoup.methods.adapters import EXACT_LORA, with_exact_weights
-from mergekit_monosoup.methods.contract import MERGE, REPORT, UpdateMethod, specification
+from mergekit_monosoup.methods.contract import MERGE, REPORT, ROUNDING, UpdateMethod, specification
 from mergekit_monosoup.methods.inputs import GroupInputs
 from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.methods.outcomes import MergedWeight
@@ -60,6 +60,7 @@ _SPEC = specification(
             description="per fine-tuned model: highest first; absent: in the order listed",
         ),
         EXACT_LORA,
+        ROUNDING,
         REPORT,
     ),
 )
@@ -96,9 +97,12 @@ class SimilarityFilteredGreedySoup(UpdateMethod):
         group, exact = inputs.group, parameters["exact_lora"]
 
         def read_checkpoints() -> Alignment:
+            if merge.align is not None:
+                found: Alignment = merge.align(parameters["layers"], exact)
+                return found
             models = _finetuned(merge, group)
             loaders = [loader_for(model) for model in models]
-            refine = _refine(group.base.id, models, merge) if exact else None
+            refine = refinement(group.base.id, models, merge) if exact else None
             device = group.entries[0].tensor.device
             return align_loaders(loader_for(group.base.id), loaders, parameters["layers"], device, refine)
 
@@ -122,7 +126,10 @@ class SimilarityFilteredGreedySoup(UpdateMethod):
             merged,
             report=report,
             started=started,
-            parameters={key: parameters[key] for key in ("threshold", "layers")},
+            parameters={
+                **{key: parameters[key] for key in ("threshold", "layers")},
+                "rounding": inputs.storage.rounding,
+            },
             figures={"taken": len(taken)},
         )
         return merged.weight
@@ -162,15 +169,15 @@ def _average(inputs: GroupInputs) -> Tensor:
         return inputs.sole_finetuned
     whole = torch.ones(1, device="cpu")
     try:
-        result = towards_average(inputs.stored_base, inputs.stored_tuned, whole)
+        result = towards_average(inputs.stored_base, inputs.stored_tuned, whole, inputs.storage)
     except NonFiniteError:
         inputs.require_finite()
         raise inputs.overflow() from None
     return inputs.checked(result)
 
 
-def _refine(base: Any, models: Sequence[Any], merge: Merge) -> Refine | None:
-    """Return what puts base + adapter, unrounded, in the place of their merged copies."""
+def refinement(base: Any, models: Sequence[Any], merge: Merge) -> Refine | None:
+    """Return what puts base + adapter, unrounded, in the place of merged copies, where there are any."""
     if not any(getattr(model, "lora", None) for model in models):
         return None
 

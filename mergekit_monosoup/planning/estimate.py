@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -104,11 +102,3 @@ def estimate(tensors: Sequence[PlannedTensor], shard_bytes: float, speed: Speed)
         peak = max(peak, working)
     written = sum(t.write_bytes for t in tensors)
     return Estimate(seconds, _IMPORT_BYTES + peak + min(written, shard_bytes))
-
-
-def free_bytes(path: Path) -> int:
-    """Return the free space of the disk on which a folder lies or will lie."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free

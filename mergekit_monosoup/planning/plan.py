@@ -9,12 +9,12 @@ from typing import Any
 
 from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.checkpoint.lineage import can_check, check_base
+from mergekit_monosoup.checkpoint.output import free_bytes, occupied, too_small
 from mergekit_monosoup.errors import AdapterError, ConfigurationError, UnsupportedAdapterError
 from mergekit_monosoup.planning.catalogue import Method, find_method
-from mergekit_monosoup.planning.estimate import Estimate, calibrate, estimate, free_bytes
+from mergekit_monosoup.planning.estimate import Estimate, calibrate, estimate
 from mergekit_monosoup.planning.layout import plan_tensors
 from mergekit_monosoup.planning.models import parse_reference, read_models
-from mergekit_monosoup.planning.output import check_output
 from mergekit_monosoup.planning.planned import PlannedTensor
 from mergekit_monosoup.planning.problems import Problems, nearest
 from mergekit_monosoup.planning.recipe import Recipe, check_shape, model_uses, read_recipe
@@ -95,7 +95,12 @@ def make_plan(text: str, options: PlanOptions | None = None) -> Plan:
     free = free_bytes(where)
     if options.out is not None:
         needed = sum(tensor.write_bytes for tensor in tensors)
-        check_output(options.out, needed, free, overwrite=options.overwrite, problems=problems)
+        for message in (
+            occupied(options.out, overwrite=options.overwrite),
+            too_small(options.out, needed),
+        ):
+            if message is not None:
+                problems.error(message)
     cost = estimate(tensors, options.shard_bytes, calibrate()) if tensors and options.costs else None
     return Plan(problems, method, models, tensors, cost, free, messages)
 

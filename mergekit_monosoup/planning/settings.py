@@ -8,6 +8,7 @@ from typing import Any
 from mergekit_monosoup.planning.catalogue import Method, Parameter
 from mergekit_monosoup.planning.problems import Problems, nearest
 from mergekit_monosoup.planning.recipe import CONDITION_KEYS, Path, Recipe, parameter_blocks
+from mergekit_monosoup.spectral.rule import SplitRule
 
 
 def check_parameters(recipe: Recipe, method: Method, problems: Problems) -> None:
@@ -149,3 +150,24 @@ def resolve(name: str, sources: Sequence[Mapping[str, Any] | None], tensor: str,
             if value is not None:
                 return value
     return None
+
+
+def split_rule(
+    method: Method, sources: Sequence[Mapping[str, Any] | None], tensor: str, t: float
+) -> SplitRule:
+    """Return the rule by which a method of ours splits one tensor's update.
+
+    Raises:
+        ParameterError: parameters that belong to different rules.
+    """
+    split, energy, scale, noise = (
+        resolve(name, sources, tensor, t) for name in ("split", "energy", "threshold_scale", "noise")
+    )
+    if "split" not in method.parameters:
+        split = "donoho_gavish"
+    return SplitRule(
+        split,
+        energy if energy is None else float(energy),
+        1.0 if scale is None else float(scale),
+        noise or "median",
+    )

@@ -9,12 +9,13 @@ from typing import Any
 from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor, bytes_per_entry
 from mergekit_monosoup.checkpoint.naming import gradient_positions, weight_names
 from mergekit_monosoup.checkpoint.storage import promoted_dtype, refused_storage
+from mergekit_monosoup.errors import ParameterError
 from mergekit_monosoup.planning.architecture import Architecture, Weight
 from mergekit_monosoup.planning.catalogue import Method
 from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source
 from mergekit_monosoup.planning.problems import Problems
 from mergekit_monosoup.planning.recipe import Recipe
-from mergekit_monosoup.planning.settings import resolve
+from mergekit_monosoup.planning.settings import resolve, split_rule
 from mergekit_monosoup.spectral.matrix import MatrixView, choose_view
 
 
@@ -253,14 +254,21 @@ class TensorPlanner:
         rest = "averaged" if len(tuned) > 1 else "kept"
         if "edit" not in self.method.parameters:
             return rest, f"by {self.method.name}"
-        if not self._view(out.name, shape, blocks, t).decomposes:
+        view = self._view(out.name, shape, blocks, t)
+        if not view.decomposes:
             return rest, "not a matrix"
         if _is_false(resolve("edit", blocks, out.name, t)):
             return rest, "edit: false"
+        fewest = resolve("min_entries", blocks, out.name, t) or 0
+        if math.prod(view.shape[1:]) < float(fewest):
+            return rest, f"fewer than {fewest} entries"
         threshold = resolve("min_relative_update", blocks, out.name, t)
         why = f"unless its relative update is below {threshold:g}" if _is_positive(threshold) else ""
-        energy = resolve("energy", blocks, out.name, t)
-        rule = "effective rank" if energy is None else f"energy R = {float(energy):g}"
+        try:
+            rule = split_rule(self.method, blocks, out.name, t).title
+        except ParameterError as error:
+            self.problems.error(str(error), self.recipe.line("parameters", "split"))
+            return "edited", ""
         # What an adapter touches is told by its own files, and the merge's.
         where = "where an adapter touches it" if all(s.checkpoint.adapter for s in tuned) else ""
         return "edited", "; ".join(filter(None, (rule, where, why)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from mergekit_monosoup.report.figures import by_change
 from mergekit_monosoup.report.reader import FILE_NAME
 from mergekit_monosoup.report.schema import ReportHeader, TensorRecord
+from mergekit_monosoup.report.survival import survival_sentence
 from mergekit_monosoup.report.table import summary
 
 _ROWS = 5
@@ -17,6 +18,13 @@ _ABOUT = {
         "made to each weight matrix into its leading singular directions and the rest, and scales the two "
         "parts by coefficients read off the update's own spectrum. It needs the base model alone: no data, "
         "no training, and nothing to tune."
+    ),
+    "dg_hard": (
+        "DG-Hard ([arXiv 2605.20296](https://arxiv.org/abs/2605.20296)) keeps those singular directions of "
+        "the update that fine-tuning made to each weight matrix whose singular value is above the noise, and "
+        "drops the others. The threshold is that of Gavish and Donoho "
+        "([arXiv 1305.5870](https://arxiv.org/abs/1305.5870)) for noise of unknown level, which is estimated "
+        "from the median singular value. It needs the base model alone: no data and no training."
     ),
     "model_stock_stable": (
         "Model Stock ([arXiv 2403.19522](https://arxiv.org/abs/2403.19522)) moves the average of several "
@@ -42,6 +50,8 @@ def card_section(header: ReportHeader, records: Sequence[TensorRecord], figures:
     if header.method in _ABOUT:
         parts.append(_ABOUT[header.method])
     parts.append(f"{summary(records)} (of computation). All figures by tensor are in `{FILE_NAME}`.")
+    if (left := survival_sentence([r.edit_survival for r in records])) is not None:
+        parts.append(left)
     ranked = by_change(records)
     if ranked:
         shown = ranked if len(ranked) <= 2 * _ROWS else [*ranked[:_ROWS], *ranked[-_ROWS:]]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_monosoup.report.rounding import rounding_variance
+from mergekit_monosoup.report.rounding import storage_dtype, storage_noise
 from mergekit_monosoup.report.schema import Action, TensorRecord
-from mergekit_monosoup.spectral.edit import EditRecord
+from mergekit_monosoup.spectral.record import EditRecord
 
 # Entries that are widened at a time: on a processor, few enough for its cache.
 _PIECE, _DEVICE_PIECE = 1 << 18, 1 << 26
@@ -69,9 +69,7 @@ def tensor_record(
     if edit is not None and not edit.matrices and not reason:
         reason = "zero update"
     base_norm = frobenius_norm(base)
-    variances, stored = zip(*(rounding_variance(t) for t in (base, *others)), strict=True)
-    shares = _shares(weights, len(others))
-    noise = math.sqrt(variances[0] + sum(w * w * v for w, v in zip(shares, variances[1:], strict=True)))
+    stored = [storage_dtype(t) for t in (base, *others)]
     fields: dict[str, Any] = {
         "tensor": name,
         "shape": tuple(base.shape),
@@ -81,7 +79,7 @@ def tensor_record(
         "stored_dtypes": tuple(dtype_name(dtype) for dtype in stored),
         "update_norm": update_norm,
         "relative_update": update_norm / base_norm if update_norm is not None and base_norm else None,
-        "rounding_share": noise / update_norm if update_norm else None,
+        "rounding_share": _rounding_share(base, others, weights, update_norm),
         **(edit_fields(edit) if edit is not None else {}),
         **known,
     }
@@ -105,6 +103,8 @@ def edit_fields(edit: EditRecord) -> dict[str, Any]:
         "cos_alpha": edit.cos_alpha,
         "lambda_low": edit.lambda_low,
         "lambda_high": edit.lambda_high,
+        "noise": edit.noise,
+        "threshold": edit.threshold,
     }
 
 
@@ -124,6 +124,24 @@ def _update_norm(base: Tensor, others: Sequence[Tensor], weights: Sequence[float
             mean.add_(w1.to(wide) - w0.to(wide), alpha=share)
         norms.append(_norm(mean))
     return math.hypot(*norms)
+
+
+def _rounding_share(
+    base: Tensor, others: Sequence[Tensor], weights: Sequence[float] | None, update_norm: float | None
+) -> float | None:
+    """Return the norm of what rounding has added to the weighted mean of the updates, over their mean's."""
+    if not update_norm:
+        return None
+    shares = _shares(weights, len(others))
+    found = [(w, *storage_noise(base, tuned)) for w, tuned in zip(shares, others, strict=True) if w]
+    known = [(w, noise, size) for w, noise, size in found if size]
+    if not known:
+        return None
+    if len(found) == 1:
+        # Of the same entries: what the sample is too rich or too poor in cancels.
+        ((_, noise, size),) = known
+        return math.sqrt(noise / size)
+    return math.sqrt(math.fsum(w**2 * noise for w, noise, _ in known)) / update_norm
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -94,13 +94,25 @@ class TensorRecord(_Line):
     lambda_high: Figure = None
     update_norm: Figure = Field(default=None, description="||dW||_F before the edit")
     relative_update: Figure = Field(default=None, description="||dW||_F / ||W0||_F")
+    noise: Figure = Field(default=None, description="noise level sigma of a Donoho-Gavish split")
+    threshold: Figure = Field(default=None, description="tau, above which singular values count as signal")
     rounding_share: Figure = Field(
-        default=None, description="expected norm of the storage rounding in dW, over ||dW||_F"
+        default=None,
+        description="estimated norm of what rounding the fine-tuned weights changed in dW, over ||dW||_F",
+    )
+    edit_survival: Figure = Field(
+        default=None,
+        description="<W_written - W1, E> / <E, E> with E = W_edited - W1 before rounding; one fine-tuned "
+        "checkpoint only, null where E = 0",
     )
     stored_dtypes: tuple[str, ...] = Field(
         default=(), description="coarsest that hold the values exactly; base first"
     )
     seconds: Figure = None
+    sha256: str | None = Field(
+        default=None, description="of the tensor's bytes as written; null where no file was written"
+    )
+    node: str | None = Field(default=None, description="of the cluster that did it; null in a local run")
     figures: dict[str, Figure] = Field(default_factory=dict, description="of the method's own")
     spectrum: SpectrumCurve | None = Field(default=None, description="written by `inspect`")
     sweep: dict[str, dict[str, Figure]] = Field(

@@ -25,7 +25,10 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "lambda_high": ("l_high", lambda v: f"{v:.4f}"),
     "update_norm": ("||dW||", lambda v: f"{v:.3g}"),
     "relative_update": ("rel", lambda v: f"{v:.2e}"),
+    "noise": ("noise", lambda v: f"{v:.3g}"),
+    "threshold": ("tau", lambda v: f"{v:.3g}"),
     "rounding_share": ("round", lambda v: f"{v:.1%}"),
+    "edit_survival": ("left", lambda v: f"{v:.1%}"),
     "seconds": ("s", lambda v: f"{v:.3f}"),
     "reason": ("reason", str),
 }
@@ -40,6 +43,7 @@ DEFAULT_COLUMNS = (
     "lambda_high",
     "relative_update",
     "rounding_share",
+    "edit_survival",
     "reason",
 )
 SORTABLE = ("tensor", *(name for name in _COLUMNS if name != "shape"))
@@ -53,6 +57,7 @@ COMPARABLE = (
     "update_norm",
     "relative_update",
     "rounding_share",
+    "edit_survival",
 )
 
 

@@ -16,7 +16,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_monosoup.errors import ConfigurationError
-from mergekit_monosoup.merging.run import merge_to_folder
+from mergekit_monosoup.merging.run import RunOptions, merge_to_folder
 from mergekit_monosoup.search.evaluation import Evaluation, digest_of_checkpoint
 from mergekit_monosoup.search.journal import Journal
 
@@ -96,7 +96,7 @@ class Kitchen:
     def serve(self, members: Sequence[int], out: Path, *, overwrite: bool = False) -> str:
         """Write the mean of the members, with its recipe, into `out`, and return the recipe."""
         recipe = soup_recipe([self.candidates[index] for index in members])
-        merge_to_folder(recipe, out, self._options, overwrite=overwrite)
+        merge_to_folder(recipe, out, self._options, RunOptions(overwrite=overwrite))
         (out / "mergekit_config.yml").write_text(recipe, "utf-8")
         return recipe
 

@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING
 from mergekit_monosoup.spectral.idle import let_threads_sleep
 
 if TYPE_CHECKING:
-    from mergekit_monosoup.spectral.edit import (
-        EditOptions,
-        EditRecord,
-        MatrixRecord,
-        edit_update,
-        edit_weight,
-    )
+    from mergekit_monosoup.spectral.edit import EditOptions, edit_update, edit_weight
     from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
-    from mergekit_monosoup.spectral.split import effective_rank, energy_rank, split_index
+    from mergekit_monosoup.spectral.record import EditRecord, MatrixRecord
+    from mergekit_monosoup.spectral.split import Split, effective_rank, energy_rank, split_index
 
 # Before anything in this room brings scipy.
 let_threads_sleep()
@@ -28,6 +23,7 @@ __all__ = [
     "EditRecord",
     "MatrixRecord",
     "Mixing",
+    "Split",
     "edit_update",
     "edit_weight",
     "effective_rank",
@@ -37,9 +33,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "edit": ("EditOptions", "EditRecord", "MatrixRecord", "edit_update", "edit_weight"),
+    "edit": ("EditOptions", "edit_update", "edit_weight"),
     "mixing": ("Coefficients", "Mixing", "mixing_coefficients"),
-    "split": ("effective_rank", "energy_rank", "split_index"),
+    "record": ("EditRecord", "MatrixRecord"),
+    "split": ("Split", "effective_rank", "energy_rank", "split_index"),
 }
 
 

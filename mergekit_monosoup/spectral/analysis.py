@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.spectral.crew import at_work
-from mergekit_monosoup.spectral.edit import EditRecord, MatrixRecord
 from mergekit_monosoup.spectral.matrix import MatrixView, choose_view
-from mergekit_monosoup.spectral.mixing import mixing_coefficients
-from mergekit_monosoup.spectral.spectrum import decompose
-from mergekit_monosoup.spectral.split import effective_rank, split_index
+from mergekit_monosoup.spectral.mixing import Mixing
+from mergekit_monosoup.spectral.record import EditRecord, MatrixRecord
+from mergekit_monosoup.spectral.spectrum import Spectrum, decompose
+from mergekit_monosoup.spectral.split import EFFECTIVE_RANK, Split
 from mergekit_monosoup.spectral.update import MatrixUpdate
 
 
@@ -24,45 +24,54 @@ class Analysis:
 
     singular_values: tuple[Tensor, ...]
     """Of each matrix with an update, `[r]`, descending, float64, relative to the largest."""
-    automatic: EditRecord
+    record: EditRecord
+    """Under the rule that was asked for."""
     fixed: dict[float, EditRecord]
 
 
-def analyse_update(dw: Tensor, energies: Sequence[float] = (), view: MatrixView | None = None) -> Analysis:
-    """Decompose an update once and split it by the effective rank and by each threshold R.
+def analyse_update(
+    dw: Tensor,
+    energies: Sequence[float] = (),
+    view: MatrixView | None = None,
+    split: Split = EFFECTIVE_RANK,
+    mixing: Mixing = "monosoup",
+) -> Analysis:
+    """Decompose an update once and split it by a rule and by each threshold R.
 
     Args:
         dw: `[out, in]`, `[out, in, k, ...]` or `[experts, out, in]`; float32 or float64.
         energies: thresholds R in (0, 1].
         view: how `dw` is read as matrices; by its shape alone where absent.
+        split: the rule.
+        mixing: of the record under that rule.
 
     Raises:
         NonFiniteError: NaN or infinity in `dw`.
         ParameterError: a threshold is out of range.
     """
-    spectra = []
+    rules = {energy: Split(energy=energy) for energy in energies}
+    spectra: list[Spectrum] = []
     view = view or choose_view(tuple(dw.shape))
     with at_work(dw.device, dw.numel()):
         for matrix in view.of(dw):
             # In float64 the spectrum serves every threshold; in float32 each would need a check of its own.
-            spectrum = decompose(MatrixUpdate(None, [matrix.double()]), backend="gram")
+            update = MatrixUpdate(None, [matrix.double()])
+            spectrum = decompose(update, split, backend="gram")
+            if spectrum is not None and split.threshold(*update.shape) and not spectrum.decides(split):
+                # The noise drowns in the rounding of a Gram matrix.
+                spectrum = decompose(update, split, backend="svd")
             if spectrum is not None:
-                spectra.append((spectrum.singular_values, min(matrix.shape), spectrum.backend))
-    rules: list[float | None] = [None, *energies]
-    records = {
-        rule: EditRecord(tuple(_record(*found, rule) for found in spectra), view.kind) for rule in rules
-    }
+                spectra.append(spectrum)
+
+    def record(rule: Split, mixing: Mixing = "monosoup") -> EditRecord:
+        found = (MatrixRecord.of(s.singular_values, s.shape, rule, mixing, s.backend) for s in spectra)
+        return EditRecord(tuple(found), view.kind)
+
     return Analysis(
-        tuple(values / values[0] for values, _, _ in spectra),
-        records[None],
-        {rule: record for rule, record in records.items() if rule is not None},
+        tuple(s.singular_values / s.singular_values[0] for s in spectra),
+        record(split, mixing),
+        {energy: record(rule) for energy, rule in rules.items()},
     )
-
-
-def _record(values: Tensor, rank: int, backend: str, energy: float | None) -> MatrixRecord:
-    k = split_index(values, energy)
-    coefficients = mixing_coefficients(values, k, "monosoup")
-    return MatrixRecord(rank, k, effective_rank(values), coefficients, backend, float(values.norm()))
 
 
 def spectrum_points(values: Tensor, count: int = 96) -> tuple[list[int], list[float], list[float]]:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.spectral.certify import gram_doubt, is_certain, product_error
-from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
-from mergekit_monosoup.spectral.split import effective_rank, split_index
+from mergekit_monosoup.spectral.split import Split
 
 # Above this size the time of one decomposition dwarfs that of calling it.
 LARGEST_SMALL_SIDE = 128
@@ -46,6 +45,7 @@ class BatchedSpectra:
         peaks = delta.abs().amax(dim=(1, 2)).double()
         if not bool(torch.isfinite(peaks).all()):
             raise NonFiniteError("an update holds NaN or infinity")
+        self._shape = delta.shape[1], delta.shape[2]
         self._wide = delta.shape[1] < delta.shape[2]
         # Powers of two, so that no square leaves the range of float64.
         scales = torch.exp2(-torch.frexp(peaks).exponent.double())
@@ -61,17 +61,11 @@ class BatchedSpectra:
         """Return the singular values of one matrix, `[r]`, descending, float64 on the CPU."""
         return self._values[index]
 
-    def split(
-        self, index: int, energy: float | None, mixing: Mixing
-    ) -> tuple[int, float, Coefficients] | None:
-        """Return k, effective rank and coefficients of one matrix, or None where they are in doubt."""
+    def decides(self, index: int, split: Split) -> bool:
+        """Say whether split and coefficients of one matrix are beyond doubt."""
         values = self._values[index]
-        if not is_certain(
-            values, gram_doubt(values, self._diagonal[index], product_error(torch.float64)), energy
-        ):
-            return None
-        k = split_index(values, energy)
-        return k, effective_rank(values), mixing_coefficients(values, k, mixing)
+        doubt = gram_doubt(values, self._diagonal[index], product_error(torch.float64))
+        return is_certain(values, doubt, split, self._shape)
 
     def apply(self, delta: Tensor, factors: Tensor) -> Tensor:
         """Return sum_i f_i s_i u_i v_i^T for every matrix.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.spectral.mixing import mixing_coefficients
-from mergekit_monosoup.spectral.split import effective_rank, rank_index, split_index
+from mergekit_monosoup.spectral.split import Split, effective_rank, rank_index
+from mergekit_monosoup.spectral.threshold import NoiseThreshold
 
 # How far the eigenvalues of a Gram matrix formed in finite precision are off. Rounding of the product is
 # independent from entry to entry, with a spread below eps times the largest diagonal entry; their common
@@ -18,6 +19,10 @@ from mergekit_monosoup.spectral.split import effective_rank, rank_index, split_i
 # holds nearly everything below a half; tests/test_certify.py measures it.
 _SPREADS = 2.0
 _SHIFT = 1.0
+# A single value may be off by more spreads: where one direction holds nearly everything, its errors make a
+# direction of their own. Leading values are also off by a few eps of themselves.
+_SPREADS_OF_ONE = 8.0
+_LEADING = 8.0
 # How far q eigenvalues drowning in independent errors are spread, in an entry's error times sqrt(q).
 _DROWNED = 1.0
 # Householder's reduction in the dtype of the product errs, in the part of the spectrum that decides, like
@@ -43,11 +48,13 @@ class Doubt:
     """What is not known of singular values s_1 >= ... >= s_q.
 
     `shift` `[q]` bounds errors of s_i that may all have the same sign; `spread` `[q]` is the standard
-    deviation of errors that are independent of each other. Both in units of s.
+    deviation of errors that are independent of each other. Both in units of s. `relative` is what values
+    may be off by in units of themselves, which matters to comparisons with single ones alone.
     """
 
     shift: Tensor
     spread: Tensor
+    relative: float = 0.0
 
 
 def product_error(dtype: torch.dtype, sections: float = 1) -> float:
@@ -89,7 +96,7 @@ def gram_doubt(values: Tensor, diagonal: Tensor, error: float, reduction: float 
     """
     # Twice the reduction's: with one direction far above all others its errors are not independent.
     entry = error * float(diagonal.max()) + 2 * reduction
-    shift = _root_error(values, _SHIFT * error * float(diagonal.mean()))
+    shift = root_error(values, _SHIFT * error * float(diagonal.mean()))
     # Eigenvalues that drown in the errors repel each other, and those below zero count as zero: they are
     # off in common.
     ascending = values.square().flip(0)
@@ -97,8 +104,9 @@ def gram_doubt(values: Tensor, diagonal: Tensor, error: float, reduction: float 
     drowned = (ascending < _DROWNED * entry * count.sqrt()).nonzero()
     if len(drowned):
         q = int(drowned[-1]) + 1
-        shift[-q:] = _root_error(values[-q:], _DROWNED * math.sqrt(q) * entry)
-    return Doubt(shift, _root_error(values, entry))
+        shift[-q:] = root_error(values[-q:], _DROWNED * math.sqrt(q) * entry)
+    reduced = reduction / (_REDUCTION * float(values[0] * diagonal.mean().sqrt()))
+    return Doubt(shift, root_error(values, entry), _LEADING * (error + reduced))
 
 
 def subspace_tolerance(hidden: float) -> float:
@@ -127,7 +135,7 @@ def subspace_error(
         reduction: see `reduction_error`.
         refined: directions on each side of the split that become Ritz vectors in float64 afterwards.
     """
-    if k == len(values):
+    if k in (0, len(values)):
         return 0.0
     squares = values.square()
     mean = float(diagonal.mean())
@@ -154,42 +162,57 @@ def _moved(leading: Tensor, others: Tensor, entry: float) -> float:
     return total
 
 
-def _root_error(values: Tensor, error: float) -> Tensor:
+def root_error(values: Tensor, error: float) -> Tensor:
+    """Return what an error of s^2 does to s at most."""
     # |sqrt(l + d) - sqrt(l)| <= |d| / max(sqrt(l), sqrt(|d|)).
     return error / values.clamp(min=math.sqrt(error))
 
 
-def is_certain(values: Tensor, doubt: Doubt, energy: float | None) -> bool:
+def is_certain(values: Tensor, doubt: Doubt, split: Split, shape: tuple[int, int]) -> bool:
     """Say whether k is the same, and lambda_low the same to 3e-5, whatever the errors are.
 
     For the effective rank, dH/ds_i = -(ln p_i + H) / sum_j s_j carries the errors over to H, to first
-    order; for an energy threshold, the kept energies on both sides of k are compared with R.
+    order; for an energy threshold, the kept energies on both sides of k are compared with R; for a noise
+    threshold, the values on both sides of k with the ends of the interval that tau lies in.
 
     Args:
         values: singular values `[q]`, descending, float64.
         doubt: their errors.
-        energy: R, or None for the effective rank.
+        split: the rule.
+        shape: of the matrix.
     """
-    k = split_index(values, energy)
+    k = split.index(values, shape)
     squares = values.square()
     total = float(squares.sum())
     tail = _energy_error(values[k:], doubt.shift[k:], doubt.spread[k:]) / total
-    if energy is None:
+    threshold = split.threshold(*shape)
+    if threshold is not None:
+        if not _count_is_certain(values, doubt, threshold, k):
+            return False
+    elif split.energy is None:
         if not _rank_is_certain(values, doubt, k):
             return False
     else:
         kept = squares.cumsum(0) / total
         margin = tail + _energy_error(values[:k], doubt.shift[:k], doubt.spread[:k]) / total
         below = float(kept[k - 2]) if k > 1 else 0.0
-        if not (below + margin < energy <= float(kept[k - 1]) - margin):
+        if not (below + margin < split.energy <= float(kept[k - 1]) - margin):
             return False
-    if k == len(values):
+    if k in (0, len(values)):
         return True
     cos_alpha = mixing_coefficients(values, k, "alignment").cos_alpha
     # d(cos^2) = tail; near cos = 0 the root turns it into sqrt(tail).
     cos_error = tail / (2 * cos_alpha + math.sqrt(tail)) if tail > 0 else 0.0
     ends = _energy_error(values[[0, k]], doubt.shift[[0, k]], doubt.spread[[0, k]])
     return cos_error + ends / float(squares[0]) <= _COEFFICIENT_ERROR
+
+
+def _count_is_certain(values: Tensor, doubt: Doubt, threshold: NoiseThreshold, k: int) -> bool:
+    error = doubt.shift + _SPREADS_OF_ONE * doubt.spread + doubt.relative * values
+    lowest, highest = (values - error).clamp(min=0), values + error
+    above = k == 0 or float(lowest[k - 1]) > threshold.threshold(highest)
+    below = k == len(values) or float(highest[k]) < threshold.threshold(lowest)
+    return above and below
 
 
 def _energy_error(values: Tensor, shift: Tensor, spread: Tensor) -> float:

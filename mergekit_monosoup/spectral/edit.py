@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from statistics import fmean
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,11 +17,13 @@ from mergekit_monosoup.spectral.batch import (
     stacked_update,
 )
 from mergekit_monosoup.spectral.crew import at_work, crew
-from mergekit_monosoup.spectral.matrix import MatrixView, ViewKind, choose_view
-from mergekit_monosoup.spectral.mixing import Coefficients, Mixing, mixing_coefficients
+from mergekit_monosoup.spectral.matrix import MatrixView, choose_view
+from mergekit_monosoup.spectral.mixing import Mixing
 from mergekit_monosoup.spectral.products import add_projection
+from mergekit_monosoup.spectral.record import EditRecord, MatrixRecord
 from mergekit_monosoup.spectral.spectrum import Backend, decompose
-from mergekit_monosoup.spectral.split import effective_rank, split_index
+from mergekit_monosoup.spectral.split import EFFECTIVE_RANK, Split
+from mergekit_monosoup.spectral.storing import NEAREST, Storage, sampled_lines, survived
 from mergekit_monosoup.spectral.update import Block, MatrixUpdate
 
 # Entries up to which each thread takes a matrix of a stack for itself, so that no thread waits for another,
@@ -32,94 +32,22 @@ _ONE_EACH, _ALL_AT_A_TIME = 1 << 22, 1 << 26
 
 
 @dataclass(frozen=True)
-class MatrixRecord:
-    """What was found and done in one matrix: its rank r, the split, the coefficients and ||dW||_F."""
-
-    rank: int
-    k: int
-    effective_rank: float
-    coefficients: Coefficients
-    backend: str
-    norm: float
-
-
-@dataclass(frozen=True)
-class EditRecord:
-    """What was found and done in one tensor; a stack of experts has one entry a matrix.
-
-    The properties give the value of the matrix, and the mean over the matrices of a stack.
-    Matrices without any update have no entry; an update of zero has no entries at all.
-    `view` says how the tensor was read as matrices.
-    """
-
-    matrices: tuple[MatrixRecord, ...]
-    view: ViewKind = "matrix"
-
-    def _mean(self, values: list[float]) -> float:
-        return fmean(values) if values else math.nan
-
-    @property
-    def rank(self) -> int:
-        """Largest possible rank r = min(rows, columns)."""
-        return self.matrices[0].rank if self.matrices else 0
-
-    @property
-    def norm(self) -> float:
-        """||dW||_F of the whole tensor."""
-        return math.hypot(*(m.norm for m in self.matrices))
-
-    @property
-    def k(self) -> float:
-        """Split index."""
-        ks = [m.k for m in self.matrices]
-        return ks[0] if len(ks) == 1 else self._mean([float(k) for k in ks])
-
-    @property
-    def effective_rank(self) -> float:
-        """exp H of the spectrum."""
-        return self._mean([m.effective_rank for m in self.matrices])
-
-    @property
-    def rho(self) -> float:
-        """Spectral decay ratio (s_{k+1} / s_1)^2."""
-        return self._mean([m.coefficients.rho for m in self.matrices])
-
-    @property
-    def cos_alpha(self) -> float:
-        """Alignment ||dW_low||_F / ||dW||_F."""
-        return self._mean([m.coefficients.cos_alpha for m in self.matrices])
-
-    @property
-    def energy_kept(self) -> float:
-        """P_k, the share of the squared norm in the leading k directions."""
-        return self._mean([m.coefficients.energy_kept for m in self.matrices])
-
-    @property
-    def lambda_low(self) -> float:
-        """Factor of the low-energy part."""
-        return self._mean([m.coefficients.lambda_low for m in self.matrices])
-
-    @property
-    def lambda_high(self) -> float:
-        """Factor of the high-energy part."""
-        return self._mean([m.coefficients.lambda_high for m in self.matrices])
-
-
-@dataclass(frozen=True)
 class EditOptions:
-    """How an update is split and mixed, and how much of the result is added.
+    """How an update is split and mixed, how much of the result is added, and how that is stored.
 
     Args:
-        energy: R in (0, 1], or None for the effective rank.
+        split: the rule for k.
         mixing: `monosoup` or one of the ablations.
         alpha: Wise-FT factor on the edited update.
         spectrum: how the spectrum is computed; see `spectrum.decompose`.
+        storage: how the weight is rounded.
     """
 
-    energy: float | None = None
+    split: Split = EFFECTIVE_RANK
     mixing: Mixing = "monosoup"
     alpha: float = 1.0
     spectrum: Backend = "auto"
+    storage: Storage = NEAREST
 
 
 @torch.no_grad()
@@ -162,6 +90,7 @@ def edit_update(
     dw: Tensor,
     *,
     energy: float | None = None,
+    split: Split | None = None,
     mixing: Mixing = "monosoup",
     spectrum: Backend = "auto",
     view: MatrixView | None = None,
@@ -169,12 +98,14 @@ def edit_update(
     """Return the edited update lambda_high dW_high + lambda_low dW_low by itself.
 
     The split and the coefficients are MonoSoup's (arXiv 2602.09689, section 4): k from the effective
-    rank, or from the energy threshold where `energy` is given.
+    rank, or from the energy threshold where `energy` is given. DG-Hard (arXiv 2605.20296) is
+    `split=Split("donoho_gavish"), mixing="high"`.
 
     Args:
         dw: update of a linear weight `[out, in]`, a convolution `[out, in, k, ...]` or a stack of
             experts `[experts, out, in]`.
-        energy: R in (0, 1], or None for the effective rank.
+        energy: R in (0, 1]; short for `split=Split(energy=R)`.
+        split: the rule for k; absent, the effective rank.
         mixing: `monosoup` or one of the ablations.
         spectrum: how the spectrum is computed; see `spectrum.decompose`.
         view: how `dw` is read as matrices; by its shape alone where absent.
@@ -189,7 +120,7 @@ def edit_update(
     view = _required_view(dw, view)
     dtype = torch.float64 if dw.dtype == torch.float64 else torch.float32
     out = torch.empty(dw.shape, dtype=dtype, device=dw.device)
-    options = EditOptions(energy, mixing, spectrum=spectrum)
+    options = EditOptions(split or Split(energy=energy), mixing, spectrum=spectrum)
     records = _edit_stack(None, [view.of(dw)], (1.0,), view.of(out), options)
     return out, EditRecord(tuple(r for r in records if r is not None), view.kind)
 
@@ -218,14 +149,14 @@ def _edit_stack(
         records: list[MatrixRecord | None] = []
         for part in batches((out.shape[0], out.shape[1], out.shape[2]), out.device):
             w0 = None if base is None else base[part]
-            records += _edit_batch(w0, [t[part] for t in tuned], weights, out[part], options)
+            records += _edit_batch(w0, [t[part] for t in tuned], weights, out[part], options, part.start)
         return records
     by_svd = options.spectrum == "svd" or tuned[0].dtype == torch.float64
     with nullcontext() if by_svd else at_work(out.device, out.numel()):
 
         def edit(i: int) -> MatrixRecord | None:
             update = MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights)
-            return _edit_matrix(update, out[i], options)
+            return _edit_matrix(update, out[i], options, i)
 
         most = min(_ONE_EACH, _ALL_AT_A_TIME // crew().size)
         one_each = len(out) >= crew().size and out[0].numel() <= most
@@ -233,57 +164,81 @@ def _edit_stack(
 
 
 def _edit_batch(
-    base: Tensor | None, tuned: Sequence[Tensor], weights: Sequence[float], out: Tensor, options: EditOptions
+    base: Tensor | None,
+    tuned: Sequence[Tensor],
+    weights: Sequence[float],
+    out: Tensor,
+    options: EditOptions,
+    first: int,
 ) -> list[MatrixRecord | None]:
     delta = stacked_update(base, tuned, weights)
     spectra = BatchedSpectra(delta)
     rank = min(out.shape[1:])
+    shape = out.shape[1], out.shape[2]
     factors = torch.ones(len(out), rank, dtype=torch.float64)
     records: list[MatrixRecord | None] = []
     for i in range(len(out)):
         values = spectra.values(i)
-        found = spectra.split(i, options.energy, options.mixing) if float(values[0]) > 0 else None
-        if found is None:
+        if float(values[0]) == 0 or not spectra.decides(i, options.split):
             records.append(None)
             continue
-        k, effective, c = found
-        factors[i, :k], factors[i, k:] = c.lambda_high, c.lambda_low
-        records.append(MatrixRecord(rank, k, effective, c, "gram64", float(values.norm())))
+        record = MatrixRecord.of(values, shape, options.split, options.mixing, "gram64")
+        c = record.coefficients
+        factors[i, : record.k], factors[i, record.k :] = c.lambda_high, c.lambda_low
+        records.append(record)
     edited = spectra.apply(delta, factors) * options.alpha
-    out.copy_(edited if base is None else edited + base.float())
-    for i, record in enumerate(records):
-        if record is None:
+    if base is not None:
+        edited += base.float()
+    rounded = options.storage.rounded(edited, out.dtype, first * out[0].numel())
+    out.copy_(rounded)
+    if base is not None and len(tuned) == 1:
+        lines = sampled_lines(shape[0], out[0].numel())
+        for i, found in enumerate(records):
+            if found is not None:
+                w1 = tuned[0][i, lines].float()
+                sums = options.storage.survival(out.dtype, edited[i, lines], rounded[i, lines], w1)
+                left, intended = survived([sums])
+                records[i] = replace(found, survived=left, intended=intended)
+    for i, decided in enumerate(records):
+        if decided is None:
             update = MatrixUpdate(None if base is None else base[i], [t[i] for t in tuned], weights)
-            records[i] = _edit_matrix(update, out[i], options)
+            records[i] = _edit_matrix(update, out[i], options, first + i)
     return records
 
 
-def _edit_matrix(update: MatrixUpdate, out: Tensor, options: EditOptions) -> MatrixRecord | None:
-    """Write base + alpha * edited update into `out` `[rows, columns]`; None without an update."""
-    rank = min(out.shape)
+def _edit_matrix(update: MatrixUpdate, out: Tensor, options: EditOptions, index: int) -> MatrixRecord | None:
+    """Write base + alpha * edited update into `out` `[rows, columns]`; None without an update.
+
+    Args:
+        update: the matrix.
+        out: where the result goes.
+        options: split, mixing, factor and storage.
+        index: of the matrix in its stack.
+    """
     update = update.without_untouched_lines()
     if update.lines is not None:
         _copy_base(update, out)
-    spectrum = decompose(update, options.energy, options.spectrum) if update.small else None
+    spectrum = decompose(update, options.split, options.spectrum) if update.small else None
     if spectrum is None:
         _copy_base(update, out)
         return None
     values = spectrum.singular_values
-    k = split_index(values, options.energy)
-    c = mixing_coefficients(values, k, options.mixing)
+    record = MatrixRecord.of(values, update.shape, options.split, options.mixing, spectrum.backend)
+    k, c = record.k, record.coefficients
     basis = None
-    whole, part = c.lambda_high, 0.0
-    if k < len(values) and c.lambda_high != c.lambda_low:
+    whole, part = c.lambda_low if k == 0 else c.lambda_high, 0.0
+    if 0 < k < len(values) and c.lambda_high != c.lambda_low:
         basis, complement = spectrum.basis(k)
         basis = basis.to(update.dtype)
         # edited = whole * dW + part * dW B B^T, B on the side of the split that has fewer directions.
         whole = c.lambda_high if complement else c.lambda_low
         part = c.lambda_low - whole if complement else c.lambda_high - whole
-    norm = float(values.norm())
-    record = MatrixRecord(rank, k, effective_rank(values), c, spectrum.backend, norm)
     del spectrum
-    _apply(update, out, options.alpha * whole, options.alpha * part, basis)
-    return record
+    sums = _apply(
+        update, out, options.alpha * whole, options.alpha * part, basis, options.storage, index * out.numel()
+    )
+    found, intended = survived(sums)
+    return replace(record, survived=found, intended=intended)
 
 
 def _copy_base(update: MatrixUpdate, out: Tensor) -> None:
@@ -293,13 +248,33 @@ def _copy_base(update: MatrixUpdate, out: Tensor) -> None:
         out.copy_(update.base)
 
 
-def _apply(update: MatrixUpdate, out: Tensor, whole: float, part: float, basis: Tensor | None) -> None:
-    """Write base + whole * dW + part * dW basis basis^T, block by block."""
+def _apply(
+    update: MatrixUpdate,
+    out: Tensor,
+    whole: float,
+    part: float,
+    basis: Tensor | None,
+    storage: Storage,
+    first: int,
+) -> list[Tensor]:
+    """Write base + whole * dW + part * dW basis basis^T, block by block; return what survives of the edit.
 
-    def write(span: tuple[int, int]) -> None:
-        update.write(out, *span, _edited_block(update.block(*span), whole, part, basis))
+    That is asked of one fine-tuned checkpoint alone: the average of several lies off the grid anyway.
+    """
+    measured = update.base is not None and len(update.tuned) == 1
 
-    crew().map(write, update.spans())
+    def write(span: tuple[int, int]) -> Tensor | None:
+        block = update.block(*span)
+        lines = sampled_lines(update.long, update.long * update.small, span[0])
+        w1 = block.base[lines] + block.delta[lines] if measured and block.base is not None else None
+        value = _edited_block(block, whole, part, basis)
+        rounded = storage.rounded(value, out.dtype, first + span[0] * update.small)
+        update.write(out, *span, rounded)
+        if w1 is None or not len(w1):
+            return None
+        return storage.survival(out.dtype, value[lines], rounded[lines], w1)
+
+    return [sums for sums in crew().map(write, update.spans()) if sums is not None]
 
 
 def _edited_block(block: Block, whole: float, part: float, basis: Tensor | None) -> Tensor:

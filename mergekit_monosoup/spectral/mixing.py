@@ -29,11 +29,12 @@ def mixing_coefficients(singular_values: Tensor, k: int, mixing: Mixing) -> Coef
     = sqrt(sum_{i>k} s_i^2 / sum_i s_i^2); lambda_low = rho + (1 - rho) cos alpha;
     lambda_high = 1 - lambda_low (MonoSoup, section 4). The others are the paper's ablations
     (Fig. 6, App. G): `decay` lambda_low = rho; `alignment` lambda_low = cos alpha; `uniform` both 1/2;
-    `high` (1, 0); `low` (0, 1).
+    `high` (1, 0); `low` (0, 1). At k = 0 all is low: rho = cos alpha = 1, so that `monosoup`, `decay` and
+    `alignment` leave the update as it is.
 
     Args:
         singular_values: `[r]`, descending, not all zero; evaluated in float64.
-        k: split index, 1 <= k <= r.
+        k: split index, 0 <= k <= r.
         mixing: which rule gives the factors.
     """
     # Relative to s_1 before squaring: updates of 1e-30 must not vanish. The tail is summed itself;

@@ -86,3 +86,27 @@ class Refined:
         _, turn = torch.linalg.eigh(crew().sum(square, self.update.spans()))
         found: Tensor = (basis @ turn).to(vectors.dtype)
         return found
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The vectors of `above` behind the last `count` of those of `below`.
+
+    `below` knows the columns marked in `live` alone.
+    """
+
+    count: int
+    below: VectorSource
+    live: Tensor
+    above: VectorSource
+
+    def vectors(self, start: int, stop: int) -> Tensor:
+        """Return vectors `start` to `stop` in ascending order, `[small, stop - start]`."""
+        skipped = int(self.live.sum()) - self.count
+        parts = []
+        if start < self.count:
+            below = self.below.vectors(start + skipped, min(stop, self.count) + skipped)
+            parts.append(among_all(below, self.live).double())
+        if stop > self.count:
+            parts.append(self.above.vectors(max(start - self.count, 0), stop - self.count).double())
+        return torch.cat(parts, dim=1)

@@ -1,4 +1,4 @@
-"""Where an update's spectrum is split: effective rank or energy threshold."""
+"""Where an update's spectrum is split: effective rank, energy threshold or noise threshold."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.errors import ParameterError
+from mergekit_monosoup.spectral.rule import SplitRule
+from mergekit_monosoup.spectral.threshold import NoiseThreshold
 
 # Relative excess over an integer that is taken for rounding, in float64 sums of thousands of terms.
 _ROUNDING = 1e-10
@@ -65,6 +67,8 @@ def split_index(singular_values: Tensor, energy: float | None = None) -> int:
     With it: the energy threshold. The automatic rule jumps at k = r, where nothing is left over
     and lambda_high becomes 1; this is the paper's rule.
 
+    The third rule, which needs the shape of the matrix as well, is in `Split`.
+
     Args:
         singular_values: `[r]`, descending, not all zero.
         energy: R in (0, 1], or None for the effective rank.
@@ -72,3 +76,21 @@ def split_index(singular_values: Tensor, energy: float | None = None) -> int:
     if energy is not None:
         return energy_rank(singular_values, energy)
     return rank_index(effective_rank(singular_values), len(singular_values))
+
+
+class Split(SplitRule):
+    """A rule that is applied to spectra."""
+
+    def threshold(self, rows: int, columns: int) -> NoiseThreshold | None:
+        """Return the noise threshold of a matrix, None for the other rules."""
+        if self.name != "donoho_gavish":
+            return None
+        return NoiseThreshold(rows, columns, self.threshold_scale, self.noise)
+
+    def index(self, values: Tensor, shape: tuple[int, int]) -> int:
+        """Return k of a matrix `[rows, columns]` with the singular values `[q]`; all others are zero."""
+        threshold = self.threshold(*shape)
+        return split_index(values, self.energy) if threshold is None else threshold.index(values)
+
+
+EFFECTIVE_RANK = Split()

@@ -63,6 +63,12 @@ class MatrixUpdate:
         return torch.float64 if self.tuned[0].dtype == torch.float64 else torch.float32
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the whole matrix, untouched lines among them."""
+        rows, columns = self.tuned[0].shape
+        return rows, columns
+
+    @property
     def device(self) -> torch.device:
         """Where the inputs lie and all work is done."""
         return self.tuned[0].device

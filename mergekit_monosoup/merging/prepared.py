@@ -1,0 +1,127 @@
+"""A recipe whose inputs are open and whose output is laid out: what every process of a run begins with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit.architecture import ModelArchitecture
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+
+from mergekit_monosoup import host
+from mergekit_monosoup.checkpoint.dequantised import has_scales
+from mergekit_monosoup.checkpoint.headers import read_folder
+from mergekit_monosoup.checkpoint.lineage import SAMPLED_TENSORS, BaseWatch, check_base
+from mergekit_monosoup.errors import InputError
+from mergekit_monosoup.lora.exact import same_base
+from mergekit_monosoup.merging.architecture import fitting_architecture
+from mergekit_monosoup.merging.layout import Layout, plan_layout
+from mergekit_monosoup.merging.units import PlannedUnits, plan_units
+from mergekit_monosoup.methods.merge import Merge
+from mergekit_monosoup.registry import stock
+from mergekit_monosoup.report.rounding import sample
+from mergekit_monosoup.report.schema import TensorRecord
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The units of a recipe, the layout of its output, and what its tensors share."""
+
+    config: MergeConfiguration
+    models: Sequence[ModelReference]
+    arch: ModelArchitecture
+    out_config: Any
+    merge: Merge
+    units: PlannedUnits
+    layout: Layout
+
+    @classmethod
+    def of(
+        cls,
+        config: MergeConfiguration,
+        options: MergeOptions,
+        on_record: Sequence[Callable[[TensorRecord], None]],
+    ) -> Prepared:
+        """Plan a recipe whose models mergekit has opened.
+
+        Args:
+            config: the recipe.
+            options: mergekit's own.
+            on_record: who hears of each tensor.
+
+        Raises:
+            InputError: the checkpoints do not go together.
+        """
+        config = _with_common_dtype(config)
+        models = config.referenced_models()
+        merge = Merge(config.base_model, finetuned_models(config), on_record=on_record)
+        arch = fitting_architecture(config, options)
+        out_config = host.out_config(config, arch, options.trust_remote_code)
+        with stock().suspended():
+            # mergekit's planner brings a recipe into another form, in which it cannot be planned again.
+            units = plan_units(config.model_copy(deep=True), arch, options, out_config, merge)
+        layout = plan_layout(
+            ((u.name, u.shape, str(u.dtype).removeprefix("torch.")) for u in units.units),
+            options.out_shard_size,
+        )
+        return cls(config, models, arch, out_config, merge, units, layout)
+
+
+def finetuned_models(config: MergeConfiguration) -> tuple[ModelReference, ...]:
+    """Return the models of a recipe besides its base, in the order in which they are listed."""
+    owners = [config, *(config.modules or {}).values()]
+    listed = [entry.model for owner in owners for entry in owner.models or ()]
+    listed += [s.model for owner in owners for part in owner.slices or () for s in part.sources]
+    return tuple(dict.fromkeys(model for model in listed if model != config.base_model))
+
+
+def _with_common_dtype(config: MergeConfiguration) -> MergeConfiguration:
+    """Set `dtype` where some checkpoints are float8 and others are not: these have no common dtype."""
+    held = [LoaderCache().get(model).index.tensor_paths for model in config.referenced_models()]
+    float8 = {has_scales(names) for names in held}
+    if config.dtype is not None or len(float8) == 1:
+        return config
+    LOG.warning("some checkpoints are stored as float8 and others are not: merging with dtype: bfloat16")
+    return config.model_copy(update={"dtype": "bfloat16"})
+
+
+def check_bases(config: MergeConfiguration) -> None:
+    """Look at sampled values of all checkpoints of a recipe, which mergekit has opened by now.
+
+    Raises:
+        InputError: the base may not be the base.
+    """
+    base = config.base_model
+    for model in finetuned_models(config) if base is not None else ():
+        if model.lora is not None and same_base(model, base):
+            continue
+        message = _base_message(base, model)
+        if message is not None:
+            raise InputError(f"{message}, or pass --force-base to merge all the same")
+
+
+def _base_message(base: ModelReference, model: ModelReference) -> str | None:
+    """Sample the files; whole tensors only where they are pickled."""
+    loaders = [LoaderCache().get(reference) for reference in (base, model)]
+    if all(loader.index.is_safetensors for loader in loaders):
+        folders = [Path(loader.index.base_path) for loader in loaders]
+        one, two = (read_folder(str(r), f) for r, f in zip((base, model), folders, strict=True))
+        return check_base(one, two)
+    names = [name for name in loaders[0].index.tensor_paths if name in loaders[1].index.tensor_paths]
+    watch = BaseWatch()
+    for name in names[:: max(1, len(names) // (4 * SAMPLED_TENSORS))]:
+        w0, w1 = (loader.get_tensor(name) for loader in loaders)
+        if w0.ndim > 1 and w0.is_floating_point() and w0.shape == w1.shape:
+            samples = [sample(tensor).double().numpy() for tensor in (w0, w1)]
+            message = watch.see(str(base), str(model), name, *samples)
+            if message is not None:
+                return message
+    return None
