@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "EditRecord": "mergekit_monosoup.spectral.edit",
+    "EditRecord": "mergekit_monosoup.spectral.record",
     "EditedWeights": "mergekit_monosoup.state_dicts",
     "MonoSoupError": "mergekit_monosoup.errors",
     "complete": "mergekit_monosoup.merging.completing",

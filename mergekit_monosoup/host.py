@@ -6,6 +6,7 @@ is used; here stands what it keeps to itself, or what would break in silence if 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from mergekit import merge as mergekit_merge
 from mergekit.architecture import ModelArchitecture
 from mergekit.architecture.conversion import convert_checkpoint_tensors
-from mergekit.common import ModelPath, ModelReference, dtype_from_name
+from mergekit.common import ImmutableMap, ModelPath, ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task, TaskUniverse
-from mergekit.io.tasks import LoaderCache, LoadTensor, SaveTensor
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardInfo
+from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
 from mergekit.merge_methods import get as merge_method
 from mergekit.merge_methods.base import OptionalTensorPolicy, TensorEntry, TensorGroup
 from mergekit.merge_methods.dtype import promoted_dtype
@@ -65,8 +67,15 @@ def plan_tasks(
     return planned, tokenizer
 
 
-def with_parameters(task: ExecuteMergeMethodTask, **added: Any) -> ExecuteMergeMethodTask:
-    """Return a task that hands its merge method further keyword arguments."""
+def with_parameters(task: Task[Any], **added: Any) -> Task[Any]:
+    """Return a task whose merge method is handed further keyword arguments, wherever in it that is asked."""
+    if not isinstance(task, ExecuteMergeMethodTask):
+        inner = {
+            name: with_parameters(value, **added)
+            for name in type(task).model_fields
+            if isinstance(value := getattr(task, name), ExecuteMergeMethodTask)
+        }
+        return task.model_copy(update=inner) if inner else task
     parameters = immutables.Map({**dict(task.parameters.items()), **added})
     return task.model_copy(update={"parameters": parameters})
 
@@ -87,8 +96,10 @@ def run_task(
         loaded: further tasks with their values.
         math_device, storage_device: as mergekit's executor has them.
     """
-    universe = TaskUniverse([task])
     known = {**(loaded or {}), **({tokenizer[0]: tokenizer[1]} if tokenizer else {})}
+    if task in known:
+        return known[task]
+    universe = TaskUniverse([task])
     cached = {h: value for t, value in known.items() if (h := universe.get_handle(t)) is not None}
     executor = Executor(
         [universe.add_task(task)],
@@ -113,6 +124,29 @@ def inputs_of(task: Task[Any]) -> list[LoadTensor]:
     return list(found)
 
 
+def loads_of(task: ExecuteMergeMethodTask) -> list[LoadTensor]:
+    """Return the tasks that load the inputs of a merge, in its order; none if more is done to them."""
+    gather = task.gather_tensors
+    if not isinstance(gather, GatherTensors):
+        return []
+    by_model = {load.model: load for load in gather.arguments().values() if isinstance(load, LoadTensor)}
+    return [by_model[model] for model in task.model_order]
+
+
+def with_dtype(task: ExecuteMergeMethodTask, dtype: str) -> ExecuteMergeMethodTask:
+    """Return a task that loads its inputs in a dtype whatever the recipe says."""
+    gather = task.gather_tensors
+    forced = {m: w.model_copy(update={"force_dtype": dtype}) for m, w in gather.weight_info.items()}
+    changed = gather.model_copy(update={"weight_info": ImmutableMap(data=forced)})
+    return task.model_copy(update={"gather_tensors": changed})
+
+
+def vocabulary_axis(task: ExecuteMergeMethodTask) -> int:
+    """Return the axis of tokens of a merged tensor, -1 where it has none."""
+    axis: int | None = task.output_weight.vocabulary_axis
+    return -1 if axis is None else axis
+
+
 def stored_name(task: LoadTensor) -> str | None:
     """Return under which name a checkpoint has what a task loads; None where it is absent or made of more."""
     name: str | None = task._resolve_name(LoaderCache().get(task.model))
@@ -133,14 +167,14 @@ class Shapes:
 
     def of(self, task: Task[Any]) -> Tensor | None:
         """Return a tensor on the meta device as the task will return it; None where it returns none."""
-        if isinstance(task, ExecuteMergeMethodTask):
-            return self._merged(task)
         value = self._value(task)
         return value if isinstance(value, Tensor) else None
 
     def _value(self, task: Task[Any]) -> Any:
         if isinstance(task, LoadTensor):
             return self._loaded(task)
+        if isinstance(task, ExecuteMergeMethodTask):
+            return self._merged(task)
         if isinstance(task, PermutedVocabulary):
             return self._permuted(task)
         arguments = {name: self._value(below) for name, below in task.arguments().items()}
@@ -261,6 +295,57 @@ def open_models(
 def folder_of(model: ModelReference) -> str:
     """Return where the files of a checkpoint lie that mergekit has opened."""
     return str(LoaderCache().get(model).index.base_path)
+
+
+class RenamedTensors(LazyTensorLoader):
+    """A loader that knows the tensors of another by names of its own."""
+
+    def __init__(self, stored: LazyTensorLoader, names: Mapping[str, str]) -> None:
+        """Take a loader, and its names by the new ones."""
+        paths = {name: stored.index.tensor_paths[old] for name, old in names.items()}
+        shards = [
+            ShardInfo(shard.filename, [name for name in names if paths[name] == shard.filename])
+            for shard in stored.index.shards
+        ]
+        super().__init__(
+            dataclasses.replace(stored.index, tensor_paths=paths, shards=shards), stored.lazy_unpickle
+        )
+        self.stored, self.names = stored, dict(names)
+
+    def get_tensor(
+        self,
+        key: str,
+        device: str = "cpu",
+        aliases: list[str] | None = None,
+        raise_on_missing: bool = True,
+    ) -> Tensor | None:
+        """Return one tensor."""
+        others = [self.names.get(alias, alias) for alias in aliases or ()]
+        tensor: Tensor | None = self.stored.get_tensor(
+            self.names.get(key, key), device, others or None, raise_on_missing
+        )
+        return tensor
+
+    def flush(self) -> None:
+        """Let go of the open file."""
+        self.stored.flush()
+
+
+def rename_tensors(model: ModelReference, names: Mapping[str, str]) -> None:
+    """Have mergekit know the tensors of an opened checkpoint by other names.
+
+    Args:
+        model: the checkpoint.
+        names: the names in its files by the new ones; empty for those in its files.
+    """
+    stored = stored_loader(model)
+    LoaderCache.loaders[model] = RenamedTensors(stored, names) if names else stored
+
+
+def stored_loader(model: ModelReference) -> LazyTensorLoader:
+    """Return the loader of a checkpoint under the names in its files."""
+    loader = LoaderCache().get(model)
+    return loader.stored if isinstance(loader, RenamedTensors) else loader
 
 
 def loader_of(model: ModelReference) -> Any | None:

@@ -15,7 +15,7 @@ from mergekit_monosoup.checkpoint.float8 import FLOAT8, dequantise, missing_scal
 from mergekit_monosoup.checkpoint.lineage import BaseWatch
 from mergekit_monosoup.checkpoint.scales import is_scale, scale_name
 from mergekit_monosoup.errors import NonFiniteError, ShapeMismatchError
-from mergekit_monosoup.lora.adapted import AdaptedLoader, adapter_folder
+from mergekit_monosoup.lora.adapted import AdaptedLoader, adapted_loader
 from mergekit_monosoup.lora.exact import same_base, update_of
 from mergekit_monosoup.report.figures import change
 from mergekit_monosoup.report.measure import edit_fields, frobenius_norm, tensor_record
@@ -48,7 +48,9 @@ class Inspection:
     @property
     def folders(self) -> list[Path]:
         """Where the checkpoints lie."""
-        return [adapter_folder(loader) or Path(loader.index.base_path) for loader in self._loaders]
+        adapted = [adapted_loader(loader) for loader in self._loaders]
+        bases = [Path(loader.index.base_path) for loader in self._loaders]
+        return [bases[i] if loader is None else loader.folder for i, loader in enumerate(adapted)]
 
     @property
     def tensors(self) -> list[str]:

@@ -113,7 +113,8 @@ def write_checkpoint(
     """Write the model in `dtype` by `save_pretrained`, and a tokenizer beside it."""
     written = copy.deepcopy(model).to(dtype)
     written.config.dtype = dtype
-    written.generation_config.do_sample = False
+    if hasattr(written, "generation_config"):
+        written.generation_config.do_sample = False
     written.save_pretrained(folder, max_shard_size=max_shard_size)
     (tokenizer or build_tokenizer()).save_pretrained(folder)
     return folder

@@ -111,6 +111,36 @@ def merge(folder: Path, config: dict[str, Any], *options: str) -> dict[str, torc
     return load_tensors(out)
 
 
+def our_command(folder: Path, config: dict[str, Any], *options: str) -> click.testing.Result:
+    """Run `mergekit-monosoup merge` in this process into `folder`/out."""
+    from mergekit_monosoup.cli import main
+
+    forget_loaders()
+    arguments = ["merge", str(write_config(folder, config)), str(folder / "out"), *options]
+    try:
+        return click.testing.CliRunner().invoke(main, arguments)
+    finally:
+        forget_loaders()
+
+
+def our_merge(folder: Path, config: dict[str, Any], *options: str) -> dict[str, torch.Tensor]:
+    """Merge by `mergekit-monosoup merge`, after a plan that must agree with it, and load what it wrote."""
+    from mergekit_monosoup.planning.plan import PlanOptions, make_plan
+    from mergekit_monosoup.report.reader import read_report
+
+    plan = make_plan(yaml.safe_dump(config, sort_keys=False), PlanOptions(costs=False))
+    assert not plan.problems.errors, plan.problems.errors
+    result = our_command(folder, config, "--no-copy-tokenizer", "--quiet", *options)
+    assert result.exit_code == 0, result.output
+    tensors = load_tensors(folder / "out")
+    written = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
+    assert {t.tensor: (t.shape, t.dtype) for t in plan.tensors} == written
+    if plan.method.ours:
+        done = {r.tensor: (r.shape, r.action) for r in read_report(folder / "out").records}
+        assert {t.tensor: (t.shape, t.action) for t in plan.tensors} == done
+    return tensors
+
+
 def refuse(folder: Path, config: dict[str, Any], *options: str) -> BaseException:
     """Expect the merge to fail without leaving anything that looks finished; the exception."""
     out = folder / "out"

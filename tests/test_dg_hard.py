@@ -102,6 +102,8 @@ def test_inspection_expects_what_the_merge_does(tmp_path, family):
         assert (record.k, record.lambda_high) == (other.k, other.lambda_high)
         if record.noise is not None:
             assert record.noise == pytest.approx(other.noise, rel=1e-4)
+        if record.edit_survival is not None:
+            assert record.edit_survival == pytest.approx(other.edit_survival, abs=0.15)
     soup = run("inspect", models.base, models.tuned[0], "--split", "donoho_gavish", "--filter", MATRIX)
     assert soup.exit_code == 0, soup.output
 

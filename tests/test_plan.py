@@ -148,7 +148,7 @@ def test_inputs_that_cannot_be_merged(tmp_path, family):
     cases = {
         "missing": ({MATRIX: None}, [MATRIX, "missing"]),
         "shape": ({MATRIX: torch.zeros(72, 39)}, [MATRIX, "[72, 39]"]),
-        "vocabulary": ({EMBEDDING: torch.zeros(99, 40)}, ["vocabulary", "tokenizer: {source: base}"]),
+        "vocabulary": ({EMBEDDING: torch.zeros(99, 39)}, [EMBEDDING, "[99, 39]"]),
         "integers": ({MATRIX: torch.zeros(72, 40, dtype=torch.int8)}, [MATRIX, "int8", "dequantise"]),
     }
     for name, (changes, named) in cases.items():
@@ -172,7 +172,7 @@ def test_vocabularies_are_aligned_by_a_tokenizer(tmp_path, family, registered):
     tokenizer = build_tokenizer(("<extra1>", "<extra2>"))
     larger = write_checkpoint(tmp_path / "larger", model, torch.bfloat16, tokenizer=tokenizer)
     config = recipe(base, larger)
-    assert "vocabulary sizes differ" in errors(config)[0]
+    assert not errors(config)
     config["tokenizer"] = {"source": "base"}
     plan = planned(config)
     assert not plan.problems.errors

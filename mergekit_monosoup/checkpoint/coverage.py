@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mergekit.architecture import WeightInfo
-from mergekit.common import ModelReference
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.checkpoint.scales import is_scale
 
 
@@ -64,6 +64,11 @@ def canonical_names(names: Iterable[str], model_type: str | None) -> dict[str, s
     return canonical if len(canonical) == len(names) else {name: name for name in names}
 
 
+def names_in_class(name: str, model_type: str | None) -> set[str]:
+    """Return the names that a tensor of a checkpoint may have in transformers' class."""
+    return _converted_names(name, _transforms(model_type))
+
+
 def weights_named(names: Iterable[str], known: Iterable[WeightInfo]) -> list[WeightInfo]:
     """Return the weights of these names, with their aliases where they are known."""
     by_name = {weight.name: weight for weight in known}
@@ -76,11 +81,28 @@ def describe(names: Sequence[str], limit: int = 8) -> str:
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
-def tensor_names(model: ModelReference) -> tuple[str, ...]:
-    """Return the names of all tensors of a checkpoint that mergekit has opened."""
-    from mergekit.io.tasks import LoaderCache
+def misfit(
+    asked: Mapping[str, Sequence[WeightInfo]], models: Sequence[Checkpoint], label: str
+) -> tuple[str, bool] | None:
+    """Return what mergekit's definition asks for in vain or leaves out, None where it fits.
 
-    return tuple(LoaderCache().get(model).index.tensor_paths)
+    Args:
+        asked: the weights of the definition, by checkpoint.
+        models: the checkpoints.
+        label: what messages call the architecture.
+
+    Returns:
+        The message, and whether mergekit would fail.
+    """
+    lost = None
+    for model in models:
+        found = check_coverage(asked.get(model.name, ()), model.tensors, model.config.get("model_type"))
+        if found.absent:
+            asks = f"mergekit's definition of {label} asks for {describe(found.absent)}"
+            return f"{asks}, not in {model.name}", True
+        if found.lost and lost is None:
+            lost = f"mergekit's definition of {label} leaves out {describe(found.lost)} of {model.name}"
+    return (lost, False) if lost is not None else None
 
 
 def _transforms(model_type: str | None) -> list[Any]:

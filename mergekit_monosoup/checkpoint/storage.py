@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor
 from mergekit_monosoup.checkpoint.scales import scale_name
 
@@ -36,3 +38,14 @@ def _is_quantised_weight(tensor: StoredTensor) -> bool:
     """Say whether a tensor is a weight matrix stored as integers (GPTQ, AWQ, bitsandbytes and the like)."""
     matrix = len(tensor.shape) >= 2 and tensor.name.endswith(_WEIGHT_SUFFIXES)
     return matrix and (not tensor.is_floating or tensor.dtype.startswith("float4"))
+
+
+def wide_tensors(tensors: Iterable[StoredTensor]) -> frozenset[str]:
+    """Return the float32 tensors of a checkpoint that is in 16 bits otherwise.
+
+    What is kept in float32 on purpose (a router's correction bias) loses its meaning in 16 bits.
+    """
+    held = list(tensors)
+    narrow = sum(t.size for t in held if t.dtype in ("bfloat16", "float16"))
+    wide = [t for t in held if t.dtype == "float32"]
+    return frozenset(t.name for t in wide) if narrow > sum(t.size for t in wide) else frozenset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from mergekit_monosoup.checkpoint.dequantised import has_scales
 from mergekit_monosoup.checkpoint.float8 import DEQUANTISED, FLOAT8, dequantise, missing_scale
 from mergekit_monosoup.checkpoint.headers import header_of
 from mergekit_monosoup.checkpoint.scales import is_scale, scale_name
+from mergekit_monosoup.errors import AdapterError
 from mergekit_monosoup.lora.adapter import Adapter, read_adapter
 from mergekit_monosoup.lora.hollow import place
 from mergekit_monosoup.lora.placement import Change, Placement
@@ -53,6 +54,7 @@ class AdaptedLoader(LazyTensorLoader):
 
         Raises:
             UnsupportedAdapterError: a tensor that the adapter touches has to be merged by peft itself.
+            AdapterError: the base has no such tensor.
         """
         self.base_model, self.base, self.folder = base_model, base, adapter.folder
         self.placement, self.dtype = placement, dtype
@@ -62,6 +64,7 @@ class AdaptedLoader(LazyTensorLoader):
         for name in paths:
             placement.change_of(name)
         self.own = _own_tensors(placement, paths)
+        self._refuse_strangers(adapter, paths)
         index = ShardedTensorIndex(
             base_path=base.index.base_path,
             is_safetensors=base.index.is_safetensors,
@@ -94,6 +97,18 @@ class AdaptedLoader(LazyTensorLoader):
         if _QUANTISED.search(trained_on):
             LOG.info("%s: trained on %s, a quantised copy of its base", reference.lora, trained_on)
         return cls(base_model, base, adapter, place(reference, adapter, trust_remote_code), dtype)
+
+    def _refuse_strangers(self, adapter: Adapter, held: Iterable[str]) -> None:
+        """Refuse a base of which an adapter changes what is stored under no name that the class knows."""
+        names = self.placement.names
+        known = {name for held_name in held for name in (names.resolve(held_name), *names.wholes(held_name))}
+        known |= set(self.own)
+        for name in self.placement.changes:
+            if known.isdisjoint({name, *self.placement.ties.get(name, ())}):
+                raise AdapterError(
+                    f"adapter {adapter.source} changes {name}, and {self.base_model} stores nothing under a "
+                    "name that its class knows as that; save the base by transformers first"
+                )
 
     def get_tensor(
         self, key: str, device: str = "cpu", aliases: list[str] | None = None, raise_on_missing: bool = True
@@ -189,6 +204,7 @@ def _own_tensors(placement: Placement, held: Mapping[str, str]) -> dict[str, Ten
     return own
 
 
-def adapter_folder(loader: object) -> Path | None:
-    """Return the folder of the adapter that a loader puts on its base, None for other loaders."""
-    return loader.folder if isinstance(loader, AdaptedLoader) else None
+def adapted_loader(loader: object) -> AdaptedLoader | None:
+    """Return a loader, or the one behind it, if it puts an adapter on its base."""
+    loader = getattr(loader, "stored", loader)
+    return loader if isinstance(loader, AdaptedLoader) else None

@@ -138,11 +138,11 @@ class Adapters:
 
     def _placed(self, reference: ModelReference) -> Placement | None:
         # Not before an adapter is met: the methods must register whatever peft's modules look like inside.
-        from mergekit_monosoup.lora.adapted import AdaptedLoader
+        from mergekit_monosoup.lora.adapted import adapted_loader
         from mergekit_monosoup.lora.hollow import place
 
-        loader = LoaderCache.loaders.get(reference)
-        if isinstance(loader, AdaptedLoader):
+        loader = adapted_loader(LoaderCache.loaders.get(reference))
+        if loader is not None:
             return loader.placement
         with self._lock:
             if reference not in self._known:

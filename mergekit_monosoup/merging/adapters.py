@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mergekit_monosoup import host
 from mergekit_monosoup.errors import UnsupportedAdapterError
-from mergekit_monosoup.lora.adapted import AdaptedLoader
+from mergekit_monosoup.lora.adapted import AdaptedLoader, adapted_loader
 from mergekit_monosoup.lora.cache import prepare_lora_cache
 from mergekit_monosoup.methods.merge import Merge
 
@@ -112,12 +112,6 @@ def _base_of(reference: ModelReference, config: MergeConfiguration) -> ModelRefe
     return listed[0] if listed else reference.model_copy(update={"lora": None})
 
 
-def base_models(config: MergeConfiguration) -> list[ModelReference]:
-    """Return the bases of the adapters that have been opened for a recipe."""
-    loaders = [host.loader_of(model) for model in config.referenced_models()]
-    return [loader.base_model for loader in loaders if isinstance(loader, AdaptedLoader)]
-
-
 class AdaptedTensor(Task[Tensor | None]):
     """A tensor of a base with an adapter on it, made of the base's tensor, which is read once for both."""
 
@@ -132,8 +126,8 @@ class AdaptedTensor(Task[Tensor | None]):
 
     def execute(self, base: Tensor | None) -> Tensor | None:
         """Return W0 + dW, rounded as peft's merge rounds it, and then as the recipe has it."""
-        loader = host.loader_of(self.model)
-        if base is None or not isinstance(loader, AdaptedLoader):
+        loader = adapted_loader(host.loader_of(self.model))
+        if base is None or loader is None:
             return None
         # As stored, although the recipe may have widened it: that is where peft rounds.
         stored = loader.stored_dtype(self.tensor)
@@ -173,7 +167,7 @@ def with_adapters(task: Task[Any], merge: Merge) -> Task[Any]:
     if not isinstance(gather, GatherTensors):
         return task
     weights = dict(gather.weight_info.items())
-    adapted = [model for model in weights if isinstance(host.loader_of(model), AdaptedLoader)]
+    adapted = [model for model in weights if adapted_loader(host.loader_of(model)) is not None]
     if not adapted:
         return task
     for model in adapted:
@@ -191,7 +185,8 @@ def with_adapters(task: Task[Any], merge: Merge) -> Task[Any]:
 def _adapted(task: LoadTensor) -> Task[Any]:
     """Return a task that makes the tensor of an adapted base of the base's own; others as they are."""
     loader = host.loader_of(task.model)
-    if not isinstance(loader, AdaptedLoader):
+    # Under other names than those in its files, the loader does it too.
+    if not isinstance(loader, AdaptedLoader) or host.loader_of(loader.base_model) is not loader.base:
         return task
     name = host.stored_name(task)
     # A float8 tensor is read with its scale: the loader does it.

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from mergekit import merge_methods
 from mergekit.architecture import (
     ModelArchitecture,
     ModuleArchitecture,
@@ -26,14 +27,13 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel
 from transformers import PretrainedConfig
 
-from mergekit_monosoup.checkpoint.coverage import (
-    canonical_names,
-    check_coverage,
-    describe,
-    tensor_names,
-)
-from mergekit_monosoup.checkpoint.scales import is_scale
+from mergekit_monosoup.checkpoint.classes import architecture_name, class_name
+from mergekit_monosoup.checkpoint.coverage import misfit
+from mergekit_monosoup.checkpoint.headers import Checkpoint
+from mergekit_monosoup.checkpoint.layout import Layout, common_layout
 from mergekit_monosoup.errors import InputError, MissingTensorError
+from mergekit_monosoup.merging.opened import open_with_common_names
+from mergekit_monosoup.methods.contract import UpdateMethod
 
 LOG = logging.getLogger(__name__)
 
@@ -41,53 +41,60 @@ _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 _SMALL_FILES = ("preprocessor_config.json", "processor_config.json", "vocab.txt", "modules.json")
 
 
-def fitting_architecture(config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
+def fitting_architecture(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    checkpoints: Mapping[ModelReference, Checkpoint] | None = None,
+) -> ModelArchitecture:
     """Return a definition by which mergekit plans the recipe so that no tensor of its inputs is left out.
 
-    mergekit's own definition is used where it covers the checkpoints. Otherwise, and where all
-    checkpoints hold the same tensors, these are taken by name; every run of numbered parts of the
-    model (`layers.0`, `layers.1`, ...) counts as a module with layers, for gradients. Tensors that are
-    left out all the same are named in a warning.
+    mergekit's own definition is used where it covers the checkpoints. Otherwise tensors are taken by name
+    as `checkpoint/layout.py` says; every run of numbered parts of the model (`layers.0`, `layers.1`, ...)
+    counts as a module with layers, for gradients. What is left out, new or kept has been said by the plan.
+
+    Args:
+        config, options: the recipe.
+        checkpoints: its models as `open_with_common_names` returns them.
+
+    Returns:
+        The definition; its `architectures` name the class of the output where it is made of names.
 
     Raises:
         InputError: a config.json does not name the class of its model.
-        MissingTensorError: mergekit would fail, and the checkpoints do not hold the same tensors.
+        MissingTensorError: a checkpoint lacks a tensor that its class needs.
     """
     if options.allow_crimes:
         return get_architecture_info(config, options)
-    models = config.referenced_models()
-    configs = {model: model.config(trust_remote_code=options.trust_remote_code) for model in models}
-    for model, its_config in configs.items():
-        _class_name(model, its_config)
-    own = _own_definition(config, options, configs)
+    checkpoints = checkpoints or open_with_common_names(config)
+    models = list(checkpoints.values())
+    for model in models:
+        architecture_name(model)
+    first = models[0]
+    own = _own_definition(config, options, checkpoints)
+    if own.arch is not None and own.problem is None:
+        return own.arch
     # Recipes of slices and modules speak of the parts of mergekit's definition.
-    by_name = own.problem is not None and not (config.slices or config.modules)
-    named = _named_architecture(models, configs, own.arch) if by_name else None
-    if named is not None:
-        LOG.warning("%s; tensors are taken by their names in the files instead", own.problem)
-        return named
-    if own.problem is not None:
-        if own.fails and by_name:
-            raise MissingTensorError(
-                f"{own.problem}; and the checkpoints do not hold the same tensors, so these cannot be taken "
-                "by their names either. Save all of them with the same version of transformers first"
-            )
+    if config.slices or config.modules:
         if own.arch is None:
             raise InputError(f"{own.problem}; recipes of slices or modules need a definition")
         LOG.warning("%s", own.problem)
-    if own.arch is None:
-        raise InputError(f"mergekit has no definition of {_class_name(*next(iter(configs.items())))}")
-    return own.arch
-
-
-def _class_name(model: ModelReference, config: PretrainedConfig) -> str:
-    if not config.architectures or len(config.architectures) != 1:
-        raise InputError(
-            f"config.json of {model} names {config.architectures or 'no class'} under architectures; "
-            "mergekit needs exactly one, such as the class that the checkpoint was saved from"
+        return own.arch
+    base = checkpoints[config.base_model] if config.base_model is not None else None
+    configs = {m: m.config(trust_remote_code=options.trust_remote_code) for m in checkpoints}
+    known = own.arch.all_weights(next(iter(configs.values()))) if own.arch is not None else []
+    axes = {weight.name: weight.vocabulary_axis for weight in known}
+    ours = isinstance(merge_methods.get(config.merge_method), UpdateMethod)
+    layout = common_layout(models, base, axes, strict=not ours)
+    if layout is not None:
+        owner = next(model for model, checkpoint in checkpoints.items() if checkpoint is layout.owner)
+        return _named_architecture(layout, configs[owner], own.arch)
+    if own.fails or own.arch is None:
+        raise MissingTensorError(
+            f"{own.problem}; and the checkpoints do not hold the same tensors, so these cannot be taken "
+            "by their names either. Save all of them with the same version of transformers first"
         )
-    name: str = config.architectures[0]
-    return name
+    LOG.warning("%s (%s)", own.problem, first.name)
+    return own.arch
 
 
 @dataclass(frozen=True)
@@ -100,23 +107,20 @@ class _Definition:
 
 
 def _own_definition(
-    config: MergeConfiguration, options: MergeOptions, configs: dict[ModelReference, PretrainedConfig]
+    config: MergeConfiguration, options: MergeOptions, checkpoints: Mapping[ModelReference, Checkpoint]
 ) -> _Definition:
-    label = _class_name(*next(iter(configs.items())))
+    models = list(checkpoints.values())
+    label = class_name(models[0])
+    if len({class_name(model) for model in models}) > 1:
+        return _Definition(None, "the checkpoints are of different classes", True)
     try:
         arch = _without_optional_aliases(get_architecture_info(_without_adapters(config), options))
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         return _Definition(None, f"mergekit cannot infer the architecture {label} ({error})", True)
-    lost = None
-    for model, model_config in configs.items():
-        weights = arch.all_weights(model_config)
-        found = check_coverage(weights, tensor_names(model), model_config.model_type)
-        if found.absent:
-            problem = f"mergekit's definition of {label} asks for {describe(found.absent)}, not in {model}"
-            return _Definition(arch, problem, True)
-        if found.lost and lost is None:
-            lost = f"mergekit's definition of {label} leaves out {describe(found.lost)} of {model}"
-    return _Definition(arch, lost)
+    trust = options.trust_remote_code
+    asked = {c.name: arch.all_weights(m.config(trust_remote_code=trust)) for m, c in checkpoints.items()}
+    found = misfit(asked, models, label)
+    return _Definition(arch, *found) if found is not None else _Definition(arch)
 
 
 def _without_adapters(config: MergeConfiguration) -> MergeConfiguration:
@@ -155,28 +159,20 @@ def _without_optional_aliases(arch: ModelArchitecture) -> ModelArchitecture:
 
 
 def _named_architecture(
-    models: Sequence[ModelReference],
-    configs: dict[ModelReference, PretrainedConfig],
-    own: ModelArchitecture | None,
-) -> ModelArchitecture | None:
-    """Return a definition made of the tensor names, or None where the checkpoints differ in them."""
-    first = models[0]
-    names = []
-    for model in models:
-        held = dict.fromkeys(tensor_names(model))
-        weights = [name for name in held if not is_scale(name, held)]
-        names.append(canonical_names(weights, configs[model].model_type))
-    if any(set(other) != set(names[0]) for other in names[1:]):
-        return None
-    axes = {w.name: w.vocabulary_axis for w in own.all_weights(configs[first])} if own else {}
+    layout: Layout, config: PretrainedConfig, own: ModelArchitecture | None
+) -> ModelArchitecture:
+    """Return a definition made of the tensors' names."""
     modules: dict[str, dict[int, list[WeightInfo]]] = {}
-    for canonical, name in names[0].items():
-        aliases = tuple({other[canonical] for other in names[1:]} - {name})
-        weight = WeightInfo(name=name, aliases=aliases or None, vocabulary_axis=axes.get(name))
-        found = _LAYER.match(name)
+    for weight in layout.weights:
+        info = WeightInfo(
+            name=weight.name,
+            vocabulary_axis=weight.vocabulary_axis,
+            optional=weight.optional,
+            tied_names=weight.tied_names or None,
+        )
+        found = _LAYER.match(weight.name)
         prefix, index = (found[1], int(found[2])) if found else ("", -1)
-        modules.setdefault(prefix, {}).setdefault(index, []).append(weight)
-    config = configs[first]
+        modules.setdefault(prefix, {}).setdefault(index, []).append(info)
     return ModelArchitecture(
         modules={
             prefix or "default": ModuleDefinition(
@@ -186,7 +182,7 @@ def _named_architecture(
             )
             for prefix, layers in modules.items()
         },
-        architectures=[_class_name(first, config)],
+        architectures=[class_name(layout.owner)],
         model_type=config.model_type,
         tagalong_files=list(dict.fromkeys([*((own and own.tagalong_files) or ()), *_SMALL_FILES])),
         vocab_size_config_key=own.vocab_size_config_key if own else None,

@@ -55,7 +55,7 @@ def files_model(config: MergeConfiguration, wanted: str | None = None) -> ModelR
     Raises:
         ConfigurationError: there is no such model.
     """
-    from mergekit_monosoup.merging.prepared import finetuned_models
+    from mergekit_monosoup.merging.opened import finetuned_models
 
     if wanted == "base":
         if config.base_model is None:
@@ -111,6 +111,7 @@ def write_beside(
     arch: ModelArchitecture,
     options: MergeOptions,
     tokenizer: TokenizerInfo | None,
+    described_by: Path | None = None,
 ) -> None:
     """Write all that lies beside the merged weights but the card: configuration, tokenizer and the rest.
 
@@ -119,11 +120,13 @@ def write_beside(
         source: where the files come from.
         config, arch, options: of the merge.
         tokenizer: what the recipe's own `tokenizer:` has made.
+        described_by: folder of the checkpoint whose config.json describes the result, where it is another.
     """
     bring_files(source, out, own_tokenizer=tokenizer is not None, copy_tokenizer=options.copy_tokenizer)
     keys = [module.architecture.num_layers_config_key() for module in arch.modules.values()]
     layers = layer_sources(config, dict(zip(arch.modules, keys, strict=True)))
-    put_config_right(source.folder, out, layers=layers, before=tensors_in(source.folder))
+    described = described_by or source.folder
+    put_config_right(described, out, layers=layers, before=tensors_in(described))
     if tokenizer is not None:
         host.save_tokenizer(config, tokenizer, str(out))
         renumber(out, source.folder / "tokenizer.json", tokenizer)

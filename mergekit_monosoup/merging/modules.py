@@ -81,7 +81,7 @@ def copy_modules(source: Path, out: Path) -> list[str]:
 
 
 def _listed(config: MergeConfiguration) -> list[ModelReference]:
-    from mergekit_monosoup.merging.prepared import finetuned_models
+    from mergekit_monosoup.merging.opened import finetuned_models
 
     return list(finetuned_models(config))
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mergekit.architecture import ModelArchitecture
@@ -16,12 +15,13 @@ from mergekit.options import MergeOptions
 
 from mergekit_monosoup import host
 from mergekit_monosoup.checkpoint.dequantised import has_scales
-from mergekit_monosoup.checkpoint.headers import read_folder
+from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.checkpoint.lineage import SAMPLED_TENSORS, BaseWatch, check_base
 from mergekit_monosoup.errors import InputError
 from mergekit_monosoup.lora.exact import same_base
 from mergekit_monosoup.merging.architecture import fitting_architecture
 from mergekit_monosoup.merging.layout import Layout, plan_layout
+from mergekit_monosoup.merging.opened import described_by, finetuned_models, open_with_common_names
 from mergekit_monosoup.merging.units import PlannedUnits, plan_units
 from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.registry import stock
@@ -33,7 +33,10 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """The units of a recipe, the layout of its output, and what its tensors share."""
+    """The units of a recipe, the layout of its output, and what its tensors share.
+
+    `described_by` is the checkpoint whose configuration the output has.
+    """
 
     config: MergeConfiguration
     models: Sequence[ModelReference]
@@ -42,6 +45,7 @@ class Prepared:
     merge: Merge
     units: PlannedUnits
     layout: Layout
+    described_by: ModelReference
 
     @classmethod
     def of(
@@ -63,24 +67,18 @@ class Prepared:
         config = _with_common_dtype(config)
         models = config.referenced_models()
         merge = Merge(config.base_model, finetuned_models(config), on_record=on_record)
-        arch = fitting_architecture(config, options)
+        checkpoints = open_with_common_names(config, as_stored=options.allow_crimes)
+        arch = fitting_architecture(config, options, checkpoints)
         out_config = host.out_config(config, arch, options.trust_remote_code)
         with stock().suspended():
             # mergekit's planner brings a recipe into another form, in which it cannot be planned again.
-            units = plan_units(config.model_copy(deep=True), arch, options, out_config, merge)
+            copy = config.model_copy(deep=True)
+            units = plan_units(copy, arch, options, out_config, merge, checkpoints)
         layout = plan_layout(
             ((u.name, u.shape, str(u.dtype).removeprefix("torch.")) for u in units.units),
             options.out_shard_size,
         )
-        return cls(config, models, arch, out_config, merge, units, layout)
-
-
-def finetuned_models(config: MergeConfiguration) -> tuple[ModelReference, ...]:
-    """Return the models of a recipe besides its base, in the order in which they are listed."""
-    owners = [config, *(config.modules or {}).values()]
-    listed = [entry.model for owner in owners for entry in owner.models or ()]
-    listed += [s.model for owner in owners for part in owner.slices or () for s in part.sources]
-    return tuple(dict.fromkeys(model for model in listed if model != config.base_model))
+        return cls(config, models, arch, out_config, merge, units, layout, described_by(checkpoints, config))
 
 
 def _with_common_dtype(config: MergeConfiguration) -> MergeConfiguration:
@@ -93,7 +91,7 @@ def _with_common_dtype(config: MergeConfiguration) -> MergeConfiguration:
     return config.model_copy(update={"dtype": "bfloat16"})
 
 
-def check_bases(config: MergeConfiguration) -> None:
+def check_bases(config: MergeConfiguration, checkpoints: Mapping[ModelReference, Checkpoint]) -> None:
     """Look at sampled values of all checkpoints of a recipe, which mergekit has opened by now.
 
     Raises:
@@ -103,18 +101,18 @@ def check_bases(config: MergeConfiguration) -> None:
     for model in finetuned_models(config) if base is not None else ():
         if model.lora is not None and same_base(model, base):
             continue
-        message = _base_message(base, model)
+        message = _base_message(base, model, checkpoints)
         if message is not None:
             raise InputError(f"{message}, or pass --force-base to merge all the same")
 
 
-def _base_message(base: ModelReference, model: ModelReference) -> str | None:
+def _base_message(
+    base: ModelReference, model: ModelReference, checkpoints: Mapping[ModelReference, Checkpoint]
+) -> str | None:
     """Sample the files; whole tensors only where they are pickled."""
     loaders = [LoaderCache().get(reference) for reference in (base, model)]
     if all(loader.index.is_safetensors for loader in loaders):
-        folders = [Path(loader.index.base_path) for loader in loaders]
-        one, two = (read_folder(str(r), f) for r, f in zip((base, model), folders, strict=True))
-        return check_base(one, two)
+        return check_base(checkpoints[base], checkpoints[model])
     names = [name for name in loaders[0].index.tensor_paths if name in loaders[1].index.tensor_paths]
     watch = BaseWatch()
     for name in names[:: max(1, len(names) // (4 * SAMPLED_TENSORS))]:

@@ -27,6 +27,7 @@ from mergekit_monosoup.merging.folder import WorkFolder
 from mergekit_monosoup.merging.journal import Done, Journal
 from mergekit_monosoup.merging.local import run_units
 from mergekit_monosoup.merging.modules import merge_modules
+from mergekit_monosoup.merging.opened import open_with_common_names
 from mergekit_monosoup.merging.prepared import Prepared, check_bases
 from mergekit_monosoup.merging.progress import Progress
 from mergekit_monosoup.merging.report import merge_recorder
@@ -163,7 +164,7 @@ class Run:
         for model in config.referenced_models() if self._ours else ():
             refuse_quantized_checkpoint(model)
         if self._ours and not force_base:
-            check_bases(config)
+            check_bases(config, open_with_common_names(config, as_stored=options.allow_crimes))
         self._prepared = Prepared.of(config, options, [self._take])
         self._inputs = stamps(self._prepared.models)
         layout, path = self._prepared.layout, self._folder.path
@@ -226,7 +227,10 @@ class Run:
             raise RuntimeError("a run is executed before it is completed")
         path, ready, options = self._folder.path, self._prepared, self._options
         tokenizer = ready.units.tokenizer[1] if ready.units.tokenizer else None
-        write_beside(path, self._source, ready.config, ready.arch, options, tokenizer)
+        # A text-only fine-tune of a larger base: the result has all of the base.
+        whole = self._files_from is None and ready.described_by == ready.config.base_model
+        described = Path(host.folder_of(ready.described_by)) if whole else None
+        write_beside(path, self._source, ready.config, ready.arch, options, tokenizer, described)
         decision = ready.merge.decision
         taken = list(decision.taken) if isinstance(decision, SoupDecision) else None
         modules = merge_modules(

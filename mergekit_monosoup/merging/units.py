@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,11 @@ from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 
 from mergekit_monosoup import host
 from mergekit_monosoup.checkpoint.float8 import DEQUANTISED, FLOAT8
-from mergekit_monosoup.checkpoint.headers import header_of
+from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.errors import InputError, OutputError
-from mergekit_monosoup.lora.adapted import AdaptedLoader
-from mergekit_monosoup.merging.adapters import base_models, with_adapters
+from mergekit_monosoup.merging.adapters import with_adapters
+from mergekit_monosoup.merging.opened import open_with_common_names
+from mergekit_monosoup.merging.rewriting import Rewriter
 from mergekit_monosoup.methods.contract import MERGE, UpdateMethod
 from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.report.schema import Action
@@ -71,6 +71,7 @@ def plan_units(
     options: MergeOptions,
     out_config: Any,
     merge: Merge,
+    checkpoints: Mapping[ModelReference, Checkpoint] | None = None,
 ) -> PlannedUnits:
     """Plan the tensors of a recipe by mergekit's planner; those of our methods carry `merge`.
 
@@ -79,29 +80,32 @@ def plan_units(
         arch: the tensors of its models.
         options, out_config: as mergekit's planner takes them.
         merge: what the tensors share.
+        checkpoints: the models as `open_with_common_names` returns them.
     """
     from mergekit import merge_methods
 
+    checkpoints = checkpoints or open_with_common_names(config)
     planned, builder = host.plan_tasks(config, arch, options, out_config)
     tokenizer = (builder, host.run_task(builder)) if builder is not None else None
-    shapes = host.Shapes(
-        {model: stored_shapes(model) for model in (*config.referenced_models(), *base_models(config))},
-        tokenizer[1] if tokenizer else None,
-    )
+    headers = {model: _headers(checkpoint) for model, checkpoint in checkpoints.items()}
+    shapes = host.Shapes(headers, tokenizer[1] if tokenizer else None)
     ours = isinstance(merge_methods.get(config.merge_method), UpdateMethod)
+    rewriter = Rewriter(config, checkpoints, shapes, ours=ours)
     # By name: some definitions list a tensor under two modules, and the last one counts.
     units: dict[str, Unit] = {}
     for entry in planned:
-        task = with_adapters(entry.task, merge)
-        like = shapes.of(task)
-        if like is None:
+        made = rewriter.rewritten(entry)
+        like = shapes.of(made.task) if made is not None else None
+        if made is None or like is None:
             continue
-        dtype = entry.dtype or like.dtype
-        passed_on: tuple[Action, str] | None = None
-        if isinstance(task, ExecuteMergeMethodTask):
-            if not like.is_floating_point():
+        task, passed_on = with_adapters(made.task, merge), made.passed_on
+        dtype = made.dtype or like.dtype
+        if isinstance(entry.task, ExecuteMergeMethodTask):
+            if not like.is_floating_point() and passed_on is None:
                 passed_on = ("copied", "not floating-point")
             if ours:
+                if made.rows_kept:
+                    merge.rows_kept[entry.name] = (tuple(like.shape), made.rows_kept)
                 task = host.with_parameters(task, **{MERGE: merge})
                 dtype = DEQUANTISED if dtype in FLOAT8 else dtype
                 merge.stored_dtypes[entry.name] = dtype
@@ -109,21 +113,8 @@ def plan_units(
     return PlannedUnits(tuple(units.values()), tokenizer)
 
 
-def stored_shapes(model: ModelReference) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return shape and dtype of every tensor of a checkpoint that mergekit has opened."""
-    loader = host.loader_of(model)
-    if loader is None:
-        return {}
-    if isinstance(loader, AdaptedLoader):
-        return loader.shapes(stored_shapes(loader.base_model))
-    index = loader.index
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for shard in index.shards:
-        held = header_of(Path(index.base_path) / shard.filename)
-        for name in shard.contained_keys:
-            if name in held:
-                found[name] = (held[name].shape, getattr(torch, held[name].dtype))
-    return found
+def _headers(checkpoint: Checkpoint) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {n: (tensor.shape, getattr(torch, tensor.dtype)) for n, tensor in checkpoint.tensors.items()}
 
 
 def compute(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from mergekit.merge_methods.base import TensorEntry, TensorGroup
@@ -95,7 +95,8 @@ class GroupInputs:
             raise MissingBaseError(f"{_label(group)}: no base among the inputs")
         for entry in group.entries:
             _check_storage(entry, group)
-        return cls(*dequantised(group), storage)
+        group, dtype = dequantised(group)
+        return cls(group, dtype, replace(storage, dtype=storage.dtype or dtype))
 
     @property
     def label(self) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from mergekit_monosoup.checkpoint.lineage import BaseWatch
+from mergekit_monosoup.checkpoint.vocabulary import rows_kept
 from mergekit_monosoup.errors import ParameterError
 from mergekit_monosoup.methods.outcomes import MergedWeight, Outcome
 from mergekit_monosoup.report.inputs import InputHashes
@@ -44,6 +45,8 @@ class Merge:
         on_record: is told in figures; each tensor is then measured.
         stored_dtypes: in which dtype each tensor will be stored in the end, by its name, where that is known
             and may differ from what a method returns.
+        rows_kept: of embeddings of which only some rows are merged, the shape in the output and the number
+            of rows that the fine-tuned checkpoint alone has.
         decision: what was decided once for all tensors.
         align: measures all checkpoints' updates against each other, given which tensors count and
             whether adapters go by their factors; absent: they are read here.
@@ -55,6 +58,7 @@ class Merge:
     on_record: Sequence[Callable[[TensorRecord], None]] = ()
     stored_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     decision: Any = None
+    rows_kept: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
     align: Callable[[Any, bool], Any] | None = None
     _settings: dict[str, Any] = field(default_factory=dict)
     _settled_by: dict[str, str | None] = field(default_factory=dict)
@@ -135,8 +139,10 @@ class Merge:
             figures: numbers that only this method has.
         """
         name = group.metadata.name or ""
+        shape, rows = self.rows_kept.get(name, (None, 0))
+        reason = "; ".join(filter(None, (merged.reason, rows_kept(rows) if rows else "")))
         for tell in self.on_outcome:
-            tell(Outcome(name, merged.action, merged.reason, merged.edit))
+            tell(Outcome(name, merged.action, reason, merged.edit))
         survival = merged.edit.survival if merged.edit is not None else merged.survival
         self.note_survival(name, survival)
         if group.base is None:
@@ -159,9 +165,12 @@ class Merge:
                 started=started,
                 method=spec.name,
                 parameters={k: v for k, v in (parameters or {}).items() if v != defaults[k]},
-                figures=dict(figures or {}),
+                figures=dict(figures or {}) | ({"rows_kept": rows} if rows else {}),
                 edit_survival=survival,
             )
+        if shape is not None:
+            reason = "; ".join(filter(None, (record.reason, rows_kept(rows))))
+            record = record.model_copy(update={"shape": shape, "reason": reason})
         for take in self.on_record:
             take(record)
         if report is not None:
@@ -231,5 +240,5 @@ def checkpoint_folder(model: object) -> Path | None:
     loader = LoaderCache.loaders.get(model)
     if loader is None:
         return None
-    adapter: Path | None = getattr(loader, "folder", None)
+    adapter: Path | None = getattr(getattr(loader, "stored", loader), "folder", None)
     return adapter or Path(loader.index.base_path)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_monosoup.checkpoint.classes import architecture_name
 from mergekit_monosoup.checkpoint.headers import Checkpoint
+from mergekit_monosoup.checkpoint.layout import Weight
 from mergekit_monosoup.errors import InputError
 
 
@@ -23,18 +25,6 @@ class UnknownArchitectureError(InputError):
 
 
 _FIELD = re.compile(r"\$\{(layer_index|num_layers)([+-]1)?\}")
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One weight of an architecture."""
-
-    name: str
-    vocabulary_axis: int | None = None
-    optional: bool = False
-    aliases: tuple[str, ...] = ()
-    tied_names: tuple[str, ...] = ()
-    force_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,21 +43,6 @@ class Architecture:
 
     name: str
     modules: Mapping[str, Module]
-
-
-def architecture_name(checkpoint: Checkpoint) -> str:
-    """Return the model class that config.json names.
-
-    Raises:
-        InputError: none, or several.
-    """
-    names = checkpoint.config.get("architectures")
-    if not isinstance(names, list) or len(names) != 1:
-        raise InputError(
-            f"config.json of {checkpoint.name} names {names or 'no class'} under architectures; mergekit "
-            "needs exactly one, such as the class that the checkpoint was saved from"
-        )
-    return str(names[0])
 
 
 def json_architecture(checkpoint: Checkpoint) -> Architecture | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+from mergekit_monosoup.checkpoint.classes import architecture_name, are_kin, class_name
 from mergekit_monosoup.checkpoint.headers import Checkpoint
-from mergekit_monosoup.checkpoint.naming import misfit, shared_names, weight_names
+from mergekit_monosoup.checkpoint.layout import Layout, Weight, common_layout, vocabulary_axis
+from mergekit_monosoup.checkpoint.naming import weight_names
 from mergekit_monosoup.errors import ConfigurationError, InputError
 from mergekit_monosoup.planning.architecture import (
     Architecture,
     UnknownArchitectureError,
-    architecture_name,
     inferred_architecture,
     json_architecture,
 )
@@ -41,30 +42,40 @@ def plan_tensors(
         allow_crimes, truncate_embeddings: options of mergekit.
     """
     try:
-        _check_kinds(recipe, models, allow_crimes, problems)
+        _check_kinds(recipe, models, allow_crimes, method.ours, problems)
         if problems.errors:
             return []
-        try:
-            architecture = _architecture(recipe, models, problems)
-            unknown = None
-        except UnknownArchitectureError as error:
-            architecture, unknown = None, str(error)
-        planner = TensorPlanner(recipe, method, architecture, Problems(), truncate_embeddings)
-        if architecture is not None:
-            _plan_modules(recipe, models, architecture, planner, planner.problems)
-            lost = {checkpoint.name: planner.lost(checkpoint) for checkpoint in models.values()}
-            if not (planner.lacking or any(lost.values())):
-                return _taken_over(planner, problems)
+        base = _base(recipe, models)
+        ordered = in_order(recipe, models)
         # Recipes of slices and modules speak of the parts of mergekit's definition.
         by_name = not (allow_crimes or recipe.data.get("slices") or recipe.data.get("modules"))
-        if architecture is not None:
-            if by_name:
-                unknown = misfit(planner.asked, list(models.values()), architecture.name)
-            if unknown is None or shared_names(list(models.values())) is None:
-                _report_lost(lost if unknown or not by_name else {}, problems)
-                return _taken_over(planner, problems)
-        named = TensorPlanner(recipe, method, architecture, problems, truncate_embeddings)
-        return _plan_by_name(named, recipe, models, unknown, planner.vocabulary_axes)
+        planner = TensorPlanner(recipe, method, None, Problems(), truncate_embeddings, ordered)
+        unknown, lost = None, {}
+        if allow_crimes or len({class_name(model) for model in ordered}) == 1:
+            try:
+                planner.architecture = architecture = _architecture(recipe, models, problems)
+            except UnknownArchitectureError as error:
+                unknown = str(error)
+            else:
+                if architecture is not None:
+                    _plan_modules(recipe, models, architecture, planner, planner.problems)
+                    lost = {checkpoint.name: planner.lost(checkpoint) for checkpoint in ordered}
+                    if not (planner.lacking or any(lost.values())):
+                        return _taken_over(planner, problems)
+                    unknown = _misfit(planner, ordered, architecture.name) if by_name else None
+                    if by_name and unknown is None:
+                        return _taken_over(planner, problems)
+        elif not by_name:
+            raise InputError("checkpoints of different classes cannot be merged by slices or modules")
+        layout = None
+        if by_name and all(model.shapes_known for model in ordered):
+            axes = planner.vocabulary_axes
+            layout = common_layout(ordered, base, axes, strict=not method.ours)
+        if planner.architecture is not None and layout is None:
+            _report_lost(lost, problems)
+            return _taken_over(planner, problems)
+        named = TensorPlanner(recipe, method, None, problems, truncate_embeddings, ordered)
+        return _plan_by_name(named, recipe, models, unknown, layout)
     except (InputError, ConfigurationError) as error:
         problems.error(str(error))
         return []
@@ -86,43 +97,64 @@ def _report_lost(lost: Mapping[str, Sequence[str]], problems: Problems) -> None:
             )
 
 
+def _misfit(planner: TensorPlanner, models: Sequence[Checkpoint], label: str) -> str | None:
+    # Slow to import, and only checkpoints that do not fit lead here.
+    from mergekit_monosoup.checkpoint.coverage import misfit
+
+    found = misfit(cast("Any", planner.asked), models, label)
+    return found[0] if found is not None else None
+
+
 def _plan_by_name(
     planner: TensorPlanner,
     recipe: Recipe,
     models: Mapping[str, Checkpoint],
     reason: str | None,
-    axes: Mapping[str, int | None],
+    layout: Layout | None,
 ) -> list[PlannedTensor]:
     """Plan the tensors that the headers name; `reason` says why not those of mergekit's definition."""
     problems = planner.problems
-    names = shared_names(list(models.values()))
-    if reason is not None:
+    for note in layout.notes if layout is not None else ():
+        problems.warning(note)
+    if reason is not None and not (layout is not None and layout.notes):
         how = (
             "`mergekit-monosoup merge` takes the tensors by their names in the files instead"
-            if names is not None
+            if layout is not None
             else "this plan goes by the names in the headers, and the merge may fail"
         )
         problems.warning(f"{reason}; {how}")
+    if layout is not None:
+        weights = layout.weights
+    else:
+        every = dict.fromkeys(name for model in models.values() for name in weight_names(model))
+        weights = tuple(Weight(name, vocabulary_axis(name), optional=True) for name in every)
     for part, _ in _slices(recipe, recipe.data, (), models, None, problems):
-        order = list(models.values())
-        columns = [order.index(source.checkpoint) for source in part.sources]
-        if names is None:
-            every = dict.fromkeys(n for s in part.sources for n in weight_names(s.checkpoint))
-            rows = [(name,) * len(columns) for name in every]
-        else:
-            rows = [tuple(row[column] for column in columns) for row in names]
-        planner.plan_names(part, rows, axes)
+        planner.plan_names(part, weights)
     return planner.planned
 
 
+def _base(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Checkpoint | None:
+    value = recipe.data.get("base_model")
+    return models.get(str(parse_reference(value))) if value is not None else None
+
+
+def in_order(recipe: Recipe, models: Mapping[str, Checkpoint]) -> list[Checkpoint]:
+    """Return the checkpoints of a recipe, the fine-tuned ones as they are listed and the base last."""
+    base = _base(recipe, models)
+    listed = dict.fromkeys(str(parse_reference(use.name)) for use in model_uses(recipe))
+    ordered = [models[name] for name in listed if models[name] is not base]
+    return ordered if base is None else [*ordered, base]
+
+
 def _check_kinds(
-    recipe: Recipe, models: Mapping[str, Checkpoint], allow_crimes: bool, problems: Problems
+    recipe: Recipe, models: Mapping[str, Checkpoint], allow_crimes: bool, ours: bool, problems: Problems
 ) -> None:
     lines = {str(parse_reference(use.name)): recipe.line(*use.path) for use in model_uses(recipe)}
     kinds = {name: architecture_name(checkpoint) for name, checkpoint in models.items()}
     first = next(iter(models))
     for name, kind in kinds.items():
-        if kind != kinds[first] and not allow_crimes:
+        # Heads may differ where the base tells which tensors are new.
+        if not allow_crimes and kind != kinds[first] and not (ours and are_kin(models[name], models[first])):
             problems.error(
                 f"{name} is a {kind} and {first} a {kinds[first]}; models of different architectures "
                 "cannot be merged",
@@ -139,9 +171,7 @@ def _architecture(
     if known is not None:
         return known
     if all(checkpoint.folder is not None for checkpoint in models.values()):
-        base = recipe.data.get("base_model")
-        named = models.get(str(parse_reference(base))) if base is not None else None
-        return inferred_architecture(list(models.values()), named)
+        return inferred_architecture(list(models.values()), _base(recipe, models))
     problems.warning(
         f"mergekit has no definition of {architecture_name(first)}; it will look at the weights after their "
         "download, and this plan goes by the names in the headers"
@@ -193,8 +223,7 @@ def _slices(
     problems: Problems,
 ) -> list[tuple[OutputSlice, int | None]]:
     """Return the output slices of a `models:` or `slices:` block, base included."""
-    base_value = recipe.data.get("base_model")
-    base = models.get(str(parse_reference(base_value))) if base_value is not None else None
+    base = _base(recipe, models)
     if owner.get("models"):
         line = recipe.line(*path, "models")
         sources = [

@@ -9,11 +9,17 @@ from typing import Any
 
 from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.checkpoint.lineage import can_check, check_base
+from mergekit_monosoup.checkpoint.naming import with_common_names
 from mergekit_monosoup.checkpoint.output import free_bytes, occupied, too_small
-from mergekit_monosoup.errors import AdapterError, ConfigurationError, UnsupportedAdapterError
+from mergekit_monosoup.errors import (
+    AdapterError,
+    ConfigurationError,
+    InputError,
+    UnsupportedAdapterError,
+)
 from mergekit_monosoup.planning.catalogue import Method, find_method
 from mergekit_monosoup.planning.estimate import Estimate, calibrate, estimate
-from mergekit_monosoup.planning.layout import plan_tensors
+from mergekit_monosoup.planning.layout import in_order, plan_tensors
 from mergekit_monosoup.planning.models import parse_reference, read_models
 from mergekit_monosoup.planning.planned import PlannedTensor
 from mergekit_monosoup.planning.problems import Problems, nearest
@@ -79,6 +85,8 @@ def make_plan(text: str, options: PlanOptions | None = None) -> Plan:
     if not problems.errors and method is not None:
         models = read_models(recipe, problems)
         _check_inputs(recipe, method, problems)
+        if not problems.errors:
+            models = _with_common_names(recipe, models, options, problems)
         if not problems.errors:
             tensors = plan_tensors(
                 recipe,
@@ -153,6 +161,25 @@ def _check_inputs(recipe: Recipe, method: Method, problems: Problems) -> None:
             problems.error(f"merge method {method.name!r} needs at least {low} {what}; it has {count}", line)
         if high is not None and count > high:
             problems.error(f"merge method {method.name!r} takes at most {high} {what}; it has {count}", line)
+
+
+def _with_common_names(
+    recipe: Recipe, models: Mapping[str, Checkpoint], options: PlanOptions, problems: Problems
+) -> dict[str, Checkpoint]:
+    if options.allow_crimes:
+        return dict(models)
+    ordered = in_order(recipe, models)
+    value = recipe.data.get("base_model")
+    base = models[str(parse_reference(value))] if value is not None else None
+    try:
+        renamed, notes = with_common_names(ordered, base)
+    except InputError as error:
+        problems.error(str(error))
+        return dict(models)
+    for note in notes:
+        problems.warning(note)
+    by_name = {model.checkpoint.name: model.checkpoint for model in renamed}
+    return {name: by_name[name] for name in models}
 
 
 def _readable(value: Any) -> bool:

@@ -7,14 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor, bytes_per_entry
+from mergekit_monosoup.checkpoint.layout import Weight
 from mergekit_monosoup.checkpoint.naming import gradient_positions, weight_names
-from mergekit_monosoup.checkpoint.storage import promoted_dtype, refused_storage
+from mergekit_monosoup.checkpoint.storage import promoted_dtype, refused_storage, wide_tensors
+from mergekit_monosoup.checkpoint.vocabulary import rows_kept
 from mergekit_monosoup.errors import ParameterError
-from mergekit_monosoup.planning.architecture import Architecture, Weight
+from mergekit_monosoup.planning.architecture import Architecture
 from mergekit_monosoup.planning.catalogue import Method
 from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source
 from mergekit_monosoup.planning.problems import Problems
 from mergekit_monosoup.planning.recipe import Recipe
+from mergekit_monosoup.planning.rows import PlannedRows, merged_shape
 from mergekit_monosoup.planning.settings import resolve, split_rule
 from mergekit_monosoup.spectral.matrix import MatrixView, choose_view
 
@@ -29,15 +32,19 @@ class TensorPlanner:
         architecture: Architecture | None,
         problems: Problems,
         truncate_embeddings: bool = False,
+        models: Sequence[Checkpoint] = (),
     ) -> None:
         self.recipe = recipe
         self.method = method
         self.architecture = architecture
         self.problems = problems
         self.truncate_embeddings = truncate_embeddings
+        self.rows = PlannedRows(recipe.data, models, problems, truncate=truncate_embeddings)
+        self.wide = wide_tensors(models[0].tensors.values()) if models and method.ours else frozenset()
         self.planned: list[PlannedTensor] = []
         self.asked: dict[str, list[Weight]] = {}
         self.lacking = False
+        self._by_class: dict[str, Mapping[str, str]] = {}
         self._used: dict[str, set[str]] = {}
 
     def plan_module(
@@ -75,21 +82,19 @@ class TensorPlanner:
     def plan_names(
         self,
         part: OutputSlice,
-        rows: Sequence[tuple[str, ...]],
-        axes: Mapping[str, int | None],
+        weights: Sequence[Weight],
     ) -> None:
         """Plan by the names in the headers.
 
         Args:
             part: the whole model.
-            rows: for each tensor, its name in each source.
-            axes: vocabulary axes, where they are known.
+            weights: what the output has.
         """
         top = self.recipe.data.get("parameters")
-        positions = gradient_positions([row[0] for row in rows])
-        for row in rows:
-            weights = [Weight(name, axes.get(name), optional=True) for name in row]
-            self._plan((weights[0], weights), part, [part.parameters, top], positions[row[0]])
+        positions = gradient_positions([weight.name for weight in weights])
+        for weight in weights:
+            inputs = [weight] * len(part.sources)
+            self._plan((weight, inputs), part, [part.parameters, top], positions[weight.name])
 
     def lost(self, checkpoint: Checkpoint) -> list[str]:
         """Return the tensors of a checkpoint that nothing has been planned with."""
@@ -122,6 +127,12 @@ class TensorPlanner:
                 tied_only = tied_only and stored.name in weight.tied_names
         if out.optional and (not found or tied_only):
             return
+        if self.method.ours and self._is_left_out(out, inputs, found, missing, part):
+            for source, stored in found:
+                self._used.setdefault(source.checkpoint.name, set()).add(stored.name)
+            if any(stored.name == out.name for _, stored in found):
+                self.problems.warning(f"{out.name} left out: the fine-tuned model ties it to its embedding")
+            return
         if missing and not self._may_miss(out, missing, found, part):
             return
         for source, stored in found:
@@ -131,11 +142,39 @@ class TensorPlanner:
             return
         self._add(out, found, part, blocks, t, shape)
 
+    @staticmethod
+    def _is_left_out(
+        out: Weight,
+        inputs: list[Weight],
+        found: list[tuple[Source, StoredTensor]],
+        missing: list[Source],
+        part: OutputSlice,
+    ) -> bool:
+        """Say whether the first fine-tuned model, whose layout the output has, is without the tensor."""
+        first = next((i for i, s in enumerate(part.sources) if s.checkpoint is not part.base), None)
+        if first is None or not found:
+            return False
+        if part.sources[first] in missing:
+            return out.optional and all(source.checkpoint is not part.base for source, _ in found)
+        stored = next(tensor for source, tensor in found if source is part.sources[first])
+        return stored.name in inputs[first].tied_names
+
     def _find(self, checkpoint: Checkpoint, weight: Weight) -> StoredTensor | None:
         for name in (weight.name, *weight.aliases, *weight.tied_names):
             if name in checkpoint.tensors:
                 return checkpoint.tensors[name]
-        return None
+        stored = self._renamed(checkpoint).get(weight.name)
+        return checkpoint.tensors[stored] if stored is not None else None
+
+    def _renamed(self, checkpoint: Checkpoint) -> Mapping[str, str]:
+        """Return the stored names by those that transformers gives them as it loads the checkpoint."""
+        if checkpoint.name not in self._by_class:
+            # Slow to import, and only a checkpoint that lacks a tensor leads here.
+            from mergekit_monosoup.checkpoint.coverage import canonical_names
+
+            kind = checkpoint.config.get("model_type")
+            self._by_class[checkpoint.name] = canonical_names(checkpoint.tensors, kind)
+        return self._by_class[checkpoint.name]
 
     def _may_miss(
         self,
@@ -148,14 +187,8 @@ class TensorPlanner:
         lacking = missing[0].checkpoint
         if not lacking.shapes_known:
             return bool(found)
-        bases = [s for s, _ in found if s.checkpoint is part.base]
-        if out.optional and not self.method.ours:
+        if out.optional and (part.base is not None or not self.method.ours):
             return bool(found)
-        if out.optional and part.base is not None:
-            if len(found) == 1 and bases:
-                return True
-            if lacking is not part.base and bases:
-                return True
         if not out.optional and _converted(lacking, out):
             self.problems.warning(
                 f"tensor {out.name} of {lacking.name} is converted as it is loaded; its shape is not checked"
@@ -168,6 +201,11 @@ class TensorPlanner:
             part.line,
         )
         return False
+
+    @staticmethod
+    def _layout(found: list[tuple[Source, StoredTensor]], part: OutputSlice) -> StoredTensor:
+        """Return the tensor whose rows the output has: that of the first fine-tuned model."""
+        return next((t for s, t in found if s.checkpoint is not part.base), found[0][1])
 
     def _shape(
         self, out: Weight, found: list[tuple[Source, StoredTensor]], part: OutputSlice
@@ -185,12 +223,8 @@ class TensorPlanner:
         if self.truncate_embeddings:
             return min(shapes, key=lambda shape: shape[axis])
         data = self.recipe.data
-        if not (data.get("tokenizer") or data.get("tokenizer_source")):
-            self.problems.error(
-                f"vocabulary sizes differ in tensor {out.name}: {listed}; add `tokenizer: {{source: base}}`",
-                part.line,
-            )
-            return None
+        if self.rows.by_row:
+            return self._layout(found, part).shape
         based = [stored.shape for source, stored in found if source.checkpoint is part.base]
         source_of = data.get("tokenizer") or {}
         wanted = source_of.get("source") if isinstance(source_of, dict) else data.get("tokenizer_source")
@@ -212,13 +246,18 @@ class TensorPlanner:
                 self.problems.error(refusal, part.line)
                 return
         dtypes = {stored.dtype for _, stored in found}
-        loaded = out.force_dtype or data.get("dtype")
-        dtype = str(out.force_dtype or data.get("out_dtype") or loaded or promoted_dtype(dtypes))
+        forced = out.force_dtype or ("float32" if self._layout(found, part).name in self.wide else None)
+        loaded = forced or data.get("dtype")
+        dtype = str(forced or data.get("out_dtype") or loaded or promoted_dtype(dtypes))
         dtype = dtype.removeprefix("torch.")
         action, why = self._action(out, found, part, blocks, t, shape)
+        rows = self.rows.shared(out.vocabulary_axis, found)
+        if rows is not None and rows.kept:
+            why = "; ".join(filter(None, (why, rows_kept(rows.kept))))
+        merged = merged_shape(shape, out.vocabulary_axis, rows)
         if action == "copied" and not all(s.is_floating for _, s in found):
             dtype = found[0][1].dtype
-        view = self._view(out.name, shape, blocks, t) if action == "edited" else None
+        view = self._view(out.name, merged, blocks, t) if action == "edited" else None
         read = sum(s.size * bytes_per_entry(s.dtype) for _, s in found)
         self.planned.append(
             PlannedTensor(
@@ -249,6 +288,8 @@ class TensorPlanner:
         tuned = [source for source, _ in found if source.checkpoint is not part.base]
         if not tuned:
             return "copied", "only the base has it"
+        if self.method.ours and out.optional and len(tuned) == len(found):
+            return "kept", "the base does not have it"
         if not self.method.ours:
             return ("kept", "one input") if len(found) == 1 else ("averaged", f"by {self.method.name}")
         rest = "averaged" if len(tuned) > 1 else "kept"
