@@ -69,6 +69,11 @@ def test_a_trained_head_on_a_tied_base_is_a_tensor_of_its_own(tmp_path):
     assert torch.equal(loader.get_tensor("lm_head.weight"), saved)
     name = "model.embed_tokens.weight"
     assert torch.equal(loader.get_tensor(name), stored[name])
+    base = tmp_path / "base"
+    config = recipe(base, f"{base}+{tmp_path / 'adapter'}", parameters={"edit": False}, dtype="float32")
+    tensors = merge(tmp_path, config)
+    torch.testing.assert_close(tensors["lm_head.weight"], saved, rtol=0, atol=1e-6)
+    assert torch.equal(tensors[name], stored[name])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -118,6 +123,8 @@ def test_a_new_head_is_a_tensor_that_only_the_adapter_has(tmp_path):
     want = adapted.merge_and_unload().state_dict()
     assert torch.equal(loader.get_tensor("score.weight"), want["score.weight"])
     assert torch.equal(loader.get_tensor("lm_head.weight"), stored["lm_head.weight"])
+    tensors = merge(tmp_path, recipe(base, f"{base}+{tmp_path / 'adapter'}", dtype=None))
+    assert torch.equal(tensors["score.weight"], want["score.weight"])
     name = "model.layers.1.self_attn.q_proj.weight"
     dw = loader.get_tensor(name).float() - stored[name].float()
     assert 0 < dw.norm() < stored[name].float().norm()

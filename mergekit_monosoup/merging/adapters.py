@@ -112,6 +112,12 @@ def _base_of(reference: ModelReference, config: MergeConfiguration) -> ModelRefe
     return listed[0] if listed else reference.model_copy(update={"lora": None})
 
 
+def stored_model(model: ModelReference) -> ModelReference:
+    """Return the model whose files are read for an opened one: the base of a linear adapter, else itself."""
+    loader = adapted_loader(host.loader_of(model))
+    return model if loader is None else loader.base_model
+
+
 class AdaptedTensor(Task[Tensor | None]):
     """A tensor of a base with an adapter on it, made of the base's tensor, which is read once for both."""
 

@@ -19,7 +19,7 @@ from mergekit_monosoup.alignment.soup_decision import SoupDecision
 from mergekit_monosoup.checkpoint.output import FULL, full_disk
 from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
 from mergekit_monosoup.errors import ConfigurationError, InputError, InterruptedMerge
-from mergekit_monosoup.merging.adapters import MERGED_ADAPTERS, adapters_opened
+from mergekit_monosoup.merging.adapters import MERGED_ADAPTERS, adapters_opened, stored_model
 from mergekit_monosoup.merging.card import write_card
 from mergekit_monosoup.merging.files import files_model, source_of, write_beside
 from mergekit_monosoup.merging.fingerprint import check_unchanged, fingerprint, stamps
@@ -162,7 +162,7 @@ class Run:
         self._adapters.enter_context(adapters_opened(config, options, copies))
         host.open_models(config.referenced_models(), options)
         for model in config.referenced_models() if self._ours else ():
-            refuse_quantized_checkpoint(model)
+            refuse_quantized_checkpoint(stored_model(model))
         if self._ours and not force_base:
             check_bases(config, open_with_common_names(config, as_stored=options.allow_crimes))
         self._prepared = Prepared.of(config, options, [self._take])
