@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -98,6 +99,26 @@ def test_a_resized_vocabulary_is_reported_with_its_rows(tied, tmp_path):
         assert torch.equal(loader.get_tensor(name), want[name]), name
         assert (headers[name].shape, headers[name].dtype) == (tuple(want[name].shape), "float32")
     assert headers["model.embed_tokens.weight"].shape == (101, 32)
+
+
+def test_rows_of_a_longer_vocabulary_are_the_fine_tunes(tmp_path):
+    model = base_model("plain")
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(101, mean_resizing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj"]))
+        fill(adapted, 1)
+        adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        want = adapted.merge_and_unload().state_dict()
+    base = tmp_path / "base"
+    config = recipe(base, f"{base}+{tmp_path / 'adapter'}", parameters={"edit": False}, dtype="float32")
+    tensors = merge(tmp_path, config)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert tensors[name].shape == (101, 32)
+        assert torch.equal(tensors[name][96:], want[name][96:])
+        torch.testing.assert_close(tensors[name], want[name], rtol=0, atol=1e-6)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 101
 
 
 def test_factors_on_a_resized_vocabulary(tmp_path):
