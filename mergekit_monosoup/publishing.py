@@ -10,7 +10,7 @@ from mergekit_monosoup.checkpoint.adapter_folder import is_adapter
 from mergekit_monosoup.checkpoint.hub import connection_errors
 from mergekit_monosoup.checkpoint.output import PARTIAL
 from mergekit_monosoup.errors import InputError, MonoSoupError
-from mergekit_monosoup.merging.adapters import check_adapter
+from mergekit_monosoup.merging.published_adapter import check_adapter
 from mergekit_monosoup.merging.verify import verify_folder
 
 # What a merge, an editor or the Hub's client leaves beside a model.

@@ -103,7 +103,8 @@ def _by_peft(reference: str, adapter: str, base: Checkpoint) -> frozenset[str] |
     from mergekit_monosoup.lora.adapter import read_adapter
 
     try:
-        names, changes = hollow.place(ModelReference.parse(reference), read_adapter(adapter))
+        placed = hollow.place(ModelReference.parse(reference), read_adapter(adapter))
+        return frozenset(name for name in base.tensors if placed.change_of(name) is not None)
     except UnsupportedAdapterError:
         # Not linear: merged by peft first, and the method says what it takes.
         return None
@@ -113,4 +114,3 @@ def _by_peft(reference: str, adapter: str, base: Checkpoint) -> frozenset[str] |
         raise AdapterError(
             f"adapter {adapter}: peft cannot use its settings ({first_line(error)})"
         ) from error
-    return frozenset(name for name in base.tensors if names.resolve(name) in changes)

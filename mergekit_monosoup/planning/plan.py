@@ -9,7 +9,7 @@ from pathlib import Path
 from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.checkpoint.naming import with_common_names
 from mergekit_monosoup.checkpoint.output import free_bytes
-from mergekit_monosoup.errors import InputError
+from mergekit_monosoup.errors import AdapterError, InputError, UnsupportedAdapterError
 from mergekit_monosoup.planning.catalogue import Method, read_methods
 from mergekit_monosoup.planning.estimate import Estimate, calibrate, estimate
 from mergekit_monosoup.planning.inputs import check_inputs, check_output
@@ -93,6 +93,7 @@ def make_plan(text: str, options: PlanOptions | None = None) -> Plan:
                 truncate_embeddings=options.truncate_embeddings,
             )
             check_filters(recipe, [tensor.tensor for tensor in tensors], problems)
+    _check_adapters(models, problems)
     where = options.out or Path.cwd()
     free = free_bytes(where)
     if options.out is not None:
@@ -133,3 +134,25 @@ def _with_common_names(
         problems.warning(note)
     by_name = {model.checkpoint.name: model.checkpoint for model in renamed}
     return {name: by_name[name] for name in models}
+
+
+def _check_adapters(models: Mapping[str, Checkpoint], problems: Problems) -> None:
+    """Warn of local adapters that are not read beside their base but merged by peft first."""
+    for name, checkpoint in models.items():
+        folder = Path(checkpoint.adapter or "")
+        if checkpoint.adapter is None or not folder.is_dir():
+            continue
+        # Not before an adapter is met: it brings peft.
+        from mergekit_monosoup.lora.adapter import read_config
+        from mergekit_monosoup.lora.variants import refuse_nonlinear
+
+        try:
+            refuse_nonlinear(read_config(str(folder), folder), str(folder))
+        except UnsupportedAdapterError:
+            problems.warning(
+                f"the adapter of {name} is not linear LoRA: peft merges it into a copy of the whole base, "
+                "which is removed in the end"
+            )
+        except AdapterError:
+            # Said where its header is read.
+            continue
