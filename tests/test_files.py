@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -369,5 +370,8 @@ def test_a_model_on_the_hub(tmp_path, pair):
         assert card.data.license == "mit"
         assert "[org/tuned](https://huggingface.co/org/tuned)" in card.content
         # Off the network, the cache serves.
-        run([*command[:-1], "--overwrite", "--quiet"], tmp_path, environment | {"HF_HUB_OFFLINE": "1"})
-        assert_brought(tuned, tmp_path / "out", "chat_template.jinja", "own.py")
+        program = (
+            "from mergekit_monosoup.checkpoint.hub import fetch_companions as f; print(f('org/tuned', None))"
+        )
+        offline = run([sys.executable, "-c", program], tmp_path, environment | {"HF_HUB_OFFLINE": "1"})
+        assert (Path(offline.stdout.splitlines()[-1]) / "chat_template.jinja").is_file()
