@@ -124,6 +124,10 @@ class TestRefusals:
             mergekit_monosoup.complete(stock[2], other)
         assert sorted((f.name, f.read_bytes()) for f in stock[2].iterdir() if f.is_file()) == before
 
+    def test_itself(self, stock):
+        with pytest.raises(InputError, match="is the merged model itself"):
+            mergekit_monosoup.complete(stock[2], stock[2])
+
     def test_no_weights(self, tmp_path, stock):
         (tmp_path / "empty").mkdir()
         with pytest.raises(InputError, match="holds no weights"):
