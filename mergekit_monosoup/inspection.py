@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -12,9 +13,12 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from torch import Tensor
 
 from mergekit_monosoup.checkpoint.float8 import FLOAT8, dequantise, missing_scale
+from mergekit_monosoup.checkpoint.headers import unreadable_pickle
 from mergekit_monosoup.checkpoint.lineage import BaseWatch
 from mergekit_monosoup.checkpoint.scales import is_scale, scale_name
-from mergekit_monosoup.errors import InputError, NonFiniteError, ShapeMismatchError
+from mergekit_monosoup.errors import NonFiniteError, ShapeMismatchError
+from mergekit_monosoup.lora.adapted import AdaptedLoader, adapted_loader
+from mergekit_monosoup.lora.exact import same_base, update_of
 from mergekit_monosoup.report.figures import change
 from mergekit_monosoup.report.measure import edit_fields, frobenius_norm, tensor_record
 from mergekit_monosoup.report.rounding import expected_survival, sample
@@ -46,7 +50,9 @@ class Inspection:
     @property
     def folders(self) -> list[Path]:
         """Where the checkpoints lie."""
-        return [Path(loader.index.base_path) for loader in self._loaders]
+        adapted = [adapted_loader(loader) for loader in self._loaders]
+        bases = [Path(loader.index.base_path) for loader in self._loaders]
+        return [bases[i] if loader is None else loader.folder for i, loader in enumerate(adapted)]
 
     @property
     def tensors(self) -> list[str]:
@@ -112,7 +118,7 @@ class Inspection:
                 reason="not floating-point",
                 method="inspect",
             )
-        updates = [_update(name, self.names[i], stored[0], stored[i]) for i in range(1, len(stored))]
+        updates = [self._update(i, name, stored) for i in range(1, len(stored))]
         mean = updates[0] if len(updates) == 1 else torch.stack(updates).mean(0)
         view = choose_view(shape, name)
         matrix = view.decomposes
@@ -140,6 +146,15 @@ class Inspection:
         survival = expected_survival(stored[1], share * record.update_norm)
         return record.model_copy(update={"edit_survival": survival})
 
+    def _update(self, index: int, name: str, stored: Sequence[Tensor]) -> Tensor:
+        """Return the update of one checkpoint; of an adapter on the base, by its factors."""
+        loader, base = self._loaders[index], stored[0]
+        if isinstance(loader, AdaptedLoader) and same_base(loader.base_model, self.names[0]):
+            exact = update_of(loader.placement.change_of(name), base)
+            if exact is not None:
+                return exact.materialise(base if base.dtype == torch.float64 else base.float())
+        return _update(name, self.names[index], base, stored[index])
+
     def _look_at_base(self, name: str, label: str, base: Tensor, finetuned: Tensor) -> None:
         if self._watch.has_seen_enough(label):
             return
@@ -160,9 +175,12 @@ class Inspection:
 
 def _loader(name: str, cache_dir: str | None) -> LazyTensorLoader:
     reference = ModelReference.parse(name)
-    if reference.lora is not None:
-        raise InputError(f"{name} has an adapter; merge it into its base first, and name the result")
-    return reference.lazy_loader(cache_dir=cache_dir, lazy_unpickle=True)
+    base = reference.model_copy(update={"lora": None})
+    try:
+        loader = base.lazy_loader(cache_dir=cache_dir, lazy_unpickle=True)
+    except pickle.UnpicklingError as error:
+        raise unreadable_pickle(Path(name), error) from error
+    return loader if reference.lora is None else AdaptedLoader.open(reference, base, loader)
 
 
 def _stored(loader: LazyTensorLoader, name: str, model: str, device: str) -> Tensor:

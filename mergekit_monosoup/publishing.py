@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit_monosoup.checkpoint.adapter_folder import is_adapter
 from mergekit_monosoup.checkpoint.hub import connection_errors
 from mergekit_monosoup.checkpoint.output import PARTIAL
 from mergekit_monosoup.errors import InputError, MonoSoupError
+from mergekit_monosoup.merging.published_adapter import check_adapter
 from mergekit_monosoup.merging.verify import verify_folder
 
 # What a merge, an editor or the Hub's client leaves beside a model.
@@ -30,7 +32,7 @@ class CheckedFolder:
 
 
 def check_folder(folder: Path, seen: Callable[[str, int], None] = lambda name, size: None) -> CheckedFolder:
-    """Check that a model is whole, and that nothing outside it would be uploaded with it.
+    """Check that a model or adapter is whole, and that nothing outside it would be uploaded with it.
 
     Args:
         folder: of the model.
@@ -39,7 +41,7 @@ def check_folder(folder: Path, seen: Callable[[str, int], None] = lambda name, s
     Raises:
         InputError: something is missing or damaged; names all of it.
     """
-    found = verify_folder(folder, seen=seen)
+    found = check_adapter(folder, seen) if is_adapter(folder) else verify_folder(folder, seen=seen)
     files = _files(folder)
     root = folder.resolve()
     for name in files:

@@ -57,6 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._create(payload[0])
         if match := re.fullmatch(r"/api/models/(.+?)/(branch|preupload|commit)/(.+)", path):
             return getattr(self, f"_{match[2]}")(match[1], unquote(match[3]), payload)
+        if path == "/api/validate-yaml":
+            # The client asks before it sends a README.
+            return self._json({"errors": [], "warnings": []})
         if match := re.fullmatch(r"/api/models/(.+?)/discussions", path):
             number = {"num": 1, "title": "t", "status": "draft", "isPullRequest": True}
             return self._json(

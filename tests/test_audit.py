@@ -72,18 +72,20 @@ class TestBase:
         forced = run("merge", file, tmp_path / "out", "--force-base")
         assert forced.exit_code == 0, forced.output
 
-    def test_plan_warns(self, tmp_path, family, stranger):
+    def test_plan_refuses_as_well(self, tmp_path, family, stranger):
         tuned = family("qwen3-tied", "bf16").tuned[0]
         file = write_config(tmp_path, recipe(stranger, tuned))
         result = run("plan", file)
-        assert result.exit_code == 0
+        assert result.exit_code == 1
         assert WORDS in result.output
-        assert WORDS not in run("plan", file, "--force-base").output
+        forced = run("plan", file, "--force-base")
+        assert forced.exit_code == 0
+        assert WORDS not in forced.output
 
     @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
     def test_a_true_base_passes(self, family, dtype):
         models = family("qwen3-untied", dtype)
-        assert not planned(recipe(models.base, *models.tuned)).base_messages
+        assert not planned(recipe(models.base, *models.tuned)).problems.found
 
     @pytest.mark.parametrize(("size", "suspicious"), [(0.05, False), (0.3, False), (0.8, False)])
     def test_large_updates_are_still_updates(self, tmp_path, size, suspicious):
@@ -93,7 +95,7 @@ class TestBase:
             write_checkpoint(tmp_path / "base", base, torch.bfloat16),
             write_checkpoint(tmp_path / "tuned", fine_tune(base, 3, relative=size), torch.bfloat16),
         ]
-        assert bool(planned(recipe(*folders)).base_messages) == suspicious
+        assert bool(planned(recipe(*folders)).problems.errors) == suspicious
 
 
 class TestInspect:

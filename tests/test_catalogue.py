@@ -22,11 +22,11 @@ def test_catalogue_judges_values_as_the_methods_do(registered):
     from pydantic import ValidationError
 
     from mergekit_monosoup.errors import ParameterError
-    from mergekit_monosoup.planning.catalogue import find_method
+    from mergekit_monosoup.planning.catalogue import read_methods
     from mergekit_monosoup.registry import our_methods
 
     for method in our_methods():
-        known, _ = find_method(method.spec.name)
+        known = read_methods(method.spec.name).get(method.spec.name)
         for spec in method.spec.parameters:
             if spec.name.startswith("_"):
                 continue

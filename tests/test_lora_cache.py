@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from adapters import make_adapter
-from click.testing import CliRunner
 from lora_merges import lora_warnings, merge, merged, recipe, write_base
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -20,10 +18,13 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
-from mergekit_monosoup.cli import main
 from mergekit_monosoup.lora.cache import MARKER
 
 pytestmark = pytest.mark.usefixtures("registered", "fresh_loaders")
+
+
+# What is not linear is merged by peft; nothing is left to say of its factors.
+BY_MERGE = {"exact_lora": False}
 
 
 def _place(tmp_path: Path) -> Path:
@@ -31,22 +32,16 @@ def _place(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_cache_folder_is_needed(tmp_path):
-    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe(base, f"{base}+{adapter}")))
-    result = CliRunner().invoke(main, ["merge", str(file), str(tmp_path / "out")])
-    assert result.exit_code == 1
-    assert "--lora-merge-cache" in result.output
-
-
 def test_a_finished_merge_is_used_again(tmp_path, caplog):
-    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
-    merged(tmp_path, recipe(base, f"{base}+{adapter}"))
+    base, adapter = (
+        write_base("plain", tmp_path / "base"),
+        make_adapter("plain", tmp_path / "adapter", use_dora=True),
+    )
+    merged(tmp_path, recipe(base, f"{base}+{adapter}", parameters=BY_MERGE))
     before = os.stat(_place(tmp_path) / "model.safetensors").st_mtime_ns
     assert (_place(tmp_path) / MARKER).is_file()
     with caplog.at_level(logging.WARNING):
-        merged(tmp_path, recipe(base, f"{base}+{adapter}"), "again")
+        merged(tmp_path, recipe(base, f"{base}+{adapter}", parameters=BY_MERGE), "again")
     assert lora_warnings(caplog) == []
     assert os.stat(_place(tmp_path) / "model.safetensors").st_mtime_ns == before
 
@@ -74,8 +69,11 @@ def _truncate(folder: Path) -> None:
     ids=["interrupted", "without marker", "broken marker", "without weights", "without config", "cut off"],
 )
 def test_half_written_folders_are_merged_again(damage, word, tmp_path, caplog):
-    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
-    config = recipe(base, f"{base}+{adapter}")
+    base, adapter = (
+        write_base("plain", tmp_path / "base"),
+        make_adapter("plain", tmp_path / "adapter", use_dora=True),
+    )
+    config = recipe(base, f"{base}+{adapter}", parameters=BY_MERGE)
     want = merged(tmp_path, config)
     damage(_place(tmp_path))
     with caplog.at_level(logging.WARNING):
@@ -89,8 +87,8 @@ def test_half_written_folders_are_merged_again(damage, word, tmp_path, caplog):
 
 def test_another_dtype_is_merged_again(tmp_path, caplog):
     base = write_base("plain", tmp_path / "base", "float32")
-    adapter = make_adapter("plain", tmp_path / "adapter")
-    config = recipe(base, f"{base}+{adapter}", dtype="float32")
+    adapter = make_adapter("plain", tmp_path / "adapter", use_dora=True)
+    config = recipe(base, f"{base}+{adapter}", parameters=BY_MERGE, dtype="float32")
     merged(tmp_path, config, "half", "--lora-merge-dtype", "bfloat16")
     with caplog.at_level(logging.WARNING):
         merged(tmp_path, config, "whole", "--lora-merge-dtype", "float32")
@@ -101,10 +99,13 @@ def test_another_dtype_is_merged_again(tmp_path, caplog):
 
 
 def test_a_retrained_adapter_is_merged_again(tmp_path, caplog):
-    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
-    config = recipe(base, f"{base}+{adapter}")
+    base, adapter = (
+        write_base("plain", tmp_path / "base"),
+        make_adapter("plain", tmp_path / "adapter", use_dora=True),
+    )
+    config = recipe(base, f"{base}+{adapter}", parameters=BY_MERGE)
     first = merged(tmp_path, config)
-    make_adapter("plain", adapter, seed=99)
+    make_adapter("plain", adapter, seed=99, use_dora=True)
     with caplog.at_level(logging.WARNING):
         second = merged(tmp_path, config, "again")
     assert "another adapter" in lora_warnings(caplog)[0]
@@ -124,13 +125,16 @@ def test_a_stale_cache_is_noticed_under_stock_mergekit(tmp_path):
 
 
 def test_a_failing_merge_leaves_no_folder(tmp_path, monkeypatch):
-    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
+    base, adapter = (
+        write_base("plain", tmp_path / "base"),
+        make_adapter("plain", tmp_path / "adapter", use_dora=True),
+    )
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
-    result = merge(tmp_path, recipe(base, f"{base}+{adapter}"))
+    result = merge(tmp_path, recipe(base, f"{base}+{adapter}", parameters=BY_MERGE))
     assert result.exit_code == 1
     assert "no space left" in result.output
     assert list((tmp_path / "cache").iterdir()) == []

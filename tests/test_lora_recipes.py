@@ -199,15 +199,20 @@ def test_spelling_of_the_base_does_not_matter(tmp_path, caplog):
     assert lora_warnings(caplog) == []
 
 
-def test_stock_mergekit_takes_the_factors_too(tmp_path):
-    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
+@pytest.mark.parametrize("options", [{}, {"trainable_token_indices": {"embed_tokens": [1, 5]}}])
+def test_stock_mergekit_takes_the_factors_too(options, tmp_path, caplog):
+    base = write_base("plain", tmp_path / "base")
+    adapter = make_adapter("plain", tmp_path / "adapter", **options)
     ours = merged(tmp_path, recipe(base, f"{base}+{adapter}"))
     forget_loaders()
     config = MergeConfiguration.model_validate(recipe(base, f"{base}+{adapter}"))
-    options = MergeOptions(lora_merge_cache=str(tmp_path / "stock-cache"), copy_tokenizer=False, quiet=True)
-    run_merge(config, str(tmp_path / "stock"), options)
+    stock_options = MergeOptions(
+        lora_merge_cache=str(tmp_path / "stock-cache"), copy_tokenizer=False, quiet=True
+    )
+    run_merge(config, str(tmp_path / "stock"), stock_options)
     stock = load_file(tmp_path / "stock" / "model.safetensors")
     assert all(torch.equal(ours[n], stock[n]) for n in stock)
+    assert lora_warnings(caplog) == []
 
 
 def test_adapter_of_another_base_is_refused_before_anything_is_written(tmp_path):
@@ -230,28 +235,48 @@ def test_unknown_names_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_renumbered_layers_are_not_given_the_wrong_factors(tmp_path):
+def test_renumbered_layers_take_their_own_factors(tmp_path):
     base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
     tuned = f"{base}+{adapter}"
     sources = [[{"model": m, "layer_range": [i, i + 1]} for m in (tuned, str(base))] for i in (0, 2)]
     config = recipe(base) | {"slices": [{"sources": s} for s in sources]}
     del config["models"]
-    result = merge(tmp_path, config)
-    assert result.exit_code == 1
-    assert "exact_lora: false" in result.output
-    tensors = merged(tmp_path, config | {"parameters": {"exact_lora": False}})
-    assert "model.layers.1.self_attn.q_proj.weight" in tensors
+    tensors = merged(tmp_path, config)
+    stored, changes = base_model("plain").bfloat16().state_dict(), exact_updates("plain", adapter)
+    for new, old in ((0, 0), (1, 2)):
+        name = f"model.layers.{old}.self_attn.q_proj.weight"
+        want = stored[name].double().numpy() + oracle_edit(changes[name])
+        got = tensors[f"model.layers.{new}.self_attn.q_proj.weight"].double().numpy()
+        assert (np.abs(got - want) <= SPACING["bfloat16"] / 2 * np.abs(want) + 1e-7).all()
 
 
-def test_trained_tokens_take_the_merge_and_the_rest_the_factors(tmp_path, caplog):
+def test_other_layers_of_the_base_take_the_merge_and_say_so(tmp_path, caplog):
+    base, adapter = write_base("plain", tmp_path / "base"), make_adapter("plain", tmp_path / "adapter")
+    sources = [
+        {"model": f"{base}+{adapter}", "layer_range": [2, 3]},
+        {"model": str(base), "layer_range": [0, 1]},
+    ]
+    config = recipe(base, parameters={"edit": False}) | {"slices": [{"sources": sources}]}
+    del config["models"]
+    with caplog.at_level(logging.WARNING):
+        tensors = merged(tmp_path, config)
+    assert any("other layers of the base" in message for message in lora_warnings(caplog))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(base_model("plain").bfloat16(), adapter).merge_and_unload()
+    got = tensors["model.layers.0.self_attn.q_proj.weight"].double()
+    want = model.state_dict()["model.layers.2.self_attn.q_proj.weight"].double()
+    assert ((got - want).abs() <= SPACING["bfloat16"] * want.abs()).all()
+
+
+def test_trained_tokens_are_exact(tmp_path, caplog):
     base = write_base("plain", tmp_path / "base")
     options = {"trainable_token_indices": {"embed_tokens": [1, 5]}}
     adapter = make_adapter("plain", tmp_path / "adapter", **options)
     config = recipe(base, f"{base}+{adapter}", parameters={"edit": False})
     with caplog.at_level(logging.WARNING):
         tensors = merged(tmp_path, config)
-    (message,) = lora_warnings(caplog)
-    assert "model.embed_tokens.weight" in message
+    assert lora_warnings(caplog) == []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.PeftModel.from_pretrained(base_model("plain").bfloat16(), adapter).merge_and_unload()

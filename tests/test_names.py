@@ -71,6 +71,14 @@ def test_a_known_prefix(tmp_path, family, caplog, wrapper, which):
     loaded(tmp_path / "out")
 
 
+@pytest.mark.parametrize("key", ["olmoe", "vit-classification"])
+def test_a_known_prefix_where_mergekit_infers_the_architecture(tmp_path, family_pair, key):
+    base, tuned = family_pair(key)
+    wrapped = renamed(tuned, tmp_path / "tuned", WRAPPERS["compile"])
+    our_merge(tmp_path, recipe(base, wrapped, **PLAIN))
+    assert equal(load_tensors(tmp_path / "out"), load_tensors(tuned))
+
+
 def test_both_wrapped(tmp_path, family):
     models = family("llama", "bf16")
     expected = our_merge(tmp_path / "plain", recipe(models.base, models.tuned[0]))

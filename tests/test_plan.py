@@ -204,7 +204,7 @@ def test_output_folder_and_disk(tmp_path, family):
 def test_command(tmp_path, family):
     models = family("qwen3-tied", "bf16")
     file = write_config(tmp_path, recipe(models.base, models.tuned[0]))
-    result = run_plan(file)
+    result = run_plan(file, "-v")
     assert result.exit_code == 0
     assert re.search(rf"{MATRIX}\s+edited\s+72x40\s+bfloat16\s+72x40\s+effective rank", result.output)
     assert "this merge would run" in result.output

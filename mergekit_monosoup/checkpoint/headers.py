@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import struct
+import pickle
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mergekit_monosoup.checkpoint.documents import read_config, read_index, shown
+from mergekit_monosoup.checkpoint.safetensors_file import DTYPES, read_entries
 from mergekit_monosoup.errors import InputError
 
-# safetensors' spelling -> (torch's spelling, bits)
-DTYPES = {
-    "F64": ("float64", 64),
-    "F32": ("float32", 32),
-    "F16": ("float16", 16),
-    "BF16": ("bfloat16", 16),
-    "F8_E4M3": ("float8_e4m3fn", 8),
-    "F8_E5M2": ("float8_e5m2", 8),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
-    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
-    "F8_E8M0": ("float8_e8m0fnu", 8),
-    "F4": ("float4_e2m1fn_x2", 4),
-    "I64": ("int64", 64),
-    "I32": ("int32", 32),
-    "I16": ("int16", 16),
-    "I8": ("int8", 8),
-    "U64": ("uint64", 64),
-    "U32": ("uint32", 32),
-    "U16": ("uint16", 16),
-    "U8": ("uint8", 8),
-    "BOOL": ("bool", 8),
-}
-_LARGEST_HEADER = 100_000_000
 _WEIGHTS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
+
+
+__all__ = [
+    "DTYPES",
+    "Checkpoint",
+    "StoredTensor",
+    "bytes_per_entry",
+    "header_of",
+    "is_local",
+    "load_pickle",
+    "read_config",
+    "read_folder",
+    "read_index",
+    "read_safetensors_header",
+    "unreadable_pickle",
+]
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,11 @@ class Checkpoint:
     folder: Path | None = None
     revision: str | None = None
     adapter: str | None = None
+    touched: frozenset[str] | None = None
+    """Tensors that the adapter changes; None where there is none, or that is not known."""
     shapes_known: bool = True
+    renamed: bool = False
+    """Whether the names of the tensors are others than those in the files."""
     notes: tuple[str, ...] = field(default=())
 
 
@@ -80,36 +80,13 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
     """Read the header of a local safetensors file and compare it with the file's size.
 
     Raises:
-        InputError: damaged header, or a file that is shorter than its header says.
+        InputError: damaged header, or a file that is shorter or longer than its header says.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 0 < length <= min(_LARGEST_HEADER, size - 8):
-            raise InputError(f"{file} is not a safetensors file, or is cut off; download it again")
-        try:
-            header = json.loads(stream.read(length))
-            return _tensors(header, file.name, 8 + length, size, file)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file} has a damaged header ({error}); download it again") from error
-
-
-def _tensors(header: Any, name: str, start: int, size: int, file: Path) -> dict[str, StoredTensor]:
-    tensors = {}
-    end = start
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        begin, stop = entry["data_offsets"]
-        end = max(end, start + stop)
-        dtype, _bits = DTYPES.get(entry["dtype"], (entry["dtype"].lower(), 0))
-        tensors[key] = StoredTensor(key, tuple(entry["shape"]), dtype, name, start + begin)
-    if end > size:
-        raise InputError(
-            f"{file} is cut off: its header promises {end} bytes and it has {size}; download it again"
-        )
-    return tensors
+    start, entries = read_entries(file)
+    return {
+        key: StoredTensor(key, entry.shape, entry.dtype, file.name, start + entry.begin)
+        for key, entry in entries.items()
+    }
 
 
 def read_folder(name: str, folder: Path, *, with_config: bool = True) -> Checkpoint:
@@ -136,49 +113,17 @@ def read_folder(name: str, folder: Path, *, with_config: bool = True) -> Checkpo
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json.
-
-    Raises:
-        InputError: missing or not JSON.
-    """
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{folder} has no config.json; is it a model in transformers' format?") from error
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error}); download it again") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{file} holds no configuration; download it again")
-    return config
-
-
-def read_index(index: Path) -> dict[str, str]:
-    """Read which shard holds which tensor.
-
-    Raises:
-        InputError: not an index.
-    """
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        return {str(key): str(value) for key, value in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is not an index of shards ({error!r}); download it again") from error
-
-
 def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     weight_map = read_index(index)
     headers = {}
-    for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).exists():
-            count = sum(s == shard for s in weight_map.values())
+    for shard, count in sorted(Counter(weight_map.values()).items()):
+        if not (folder / shard).is_file():
             raise InputError(f"{folder / shard} is missing; {index.name} places {count} tensors in it")
         headers[shard] = read_safetensors_header(folder / shard)
     tensors = {}
     for key, shard in weight_map.items():
         if key not in headers[shard]:
-            raise InputError(f"tensor {key} is not in {folder / shard}, where {index.name} places it")
+            raise InputError(f"tensor {shown(key)} is not in {folder / shard}, where {index.name} places it")
         tensors[key] = headers[shard][key]
     return tensors
 
@@ -188,7 +133,7 @@ def _pickled(folder: Path) -> dict[str, StoredTensor]:
     files = sorted(set(read_index(index).values())) if index.exists() else [_PICKLE]
     tensors = {}
     for name in files:
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             raise InputError(f"{folder / name} is missing; {index.name} names it")
         tensors.update(_read_pickle(folder / name))
     return tensors
@@ -196,16 +141,49 @@ def _pickled(folder: Path) -> dict[str, StoredTensor]:
 
 def _read_pickle(file: Path) -> dict[str, StoredTensor]:
     # Shapes of pickled weights cannot be had without torch; this is the slow way, and a rare one.
-    import torch
-
-    try:
-        state = torch.load(file, map_location="meta", weights_only=True)
-    except (RuntimeError, OSError, ValueError, EOFError) as error:
-        raise InputError(f"{file} cannot be read ({error}); download it again") from error
     return {
         key: StoredTensor(key, tuple(value.shape), str(value.dtype).removeprefix("torch."), file.name)
-        for key, value in state.get("state_dict", state).items()
+        for key, value in load_pickle(file, map_location="meta").items()
     }
+
+
+def load_pickle(file: Path, map_location: str = "cpu") -> dict[str, Any]:
+    """Return the tensors of a pickled file, mapped from the disk where its format allows it.
+
+    Raises:
+        InputError: it holds code or other things than tensors, or is damaged.
+    """
+    import torch
+
+    state: Any = None
+    for mapped in (True, False):
+        try:
+            state = torch.load(file, map_location=map_location, weights_only=True, mmap=mapped)
+            break
+        except RuntimeError as error:
+            # Files in the format before torch 1.6 cannot be mapped.
+            if not mapped or "mmap" not in str(error):
+                raise unreadable_pickle(file, error) from error
+        except (pickle.UnpicklingError, OSError, ValueError, EOFError, LookupError) as error:
+            raise unreadable_pickle(file, error) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
+        raise InputError(f"{file} holds other things than tensors; save the weights alone, as safetensors")
+    return state
+
+
+def unreadable_pickle(file: Path, error: Exception) -> InputError:
+    """Return the error for a pickled file that cannot be read as plain tensors."""
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    if code is not None:
+        return InputError(
+            f"{file} is a pickle that would run code as it is loaded ({code[1]}); it was not loaded: use "
+            "weights in safetensors, from somebody you trust"
+        )
+    reason = "it is damaged" if isinstance(error, pickle.UnpicklingError) else str(error).split("\n")[0]
+    return InputError(f"{file} cannot be read as plain tensors ({reason}); download it again")
 
 
 def header_of(file: Path) -> dict[str, StoredTensor]:

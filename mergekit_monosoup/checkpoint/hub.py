@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mergekit_monosoup.checkpoint.adapter_folder import CONFIG, PICKLE, WEIGHTS
 from mergekit_monosoup.checkpoint.companions import is_taken, modules_in, patterns_left_behind
-from mergekit_monosoup.checkpoint.headers import DTYPES, Checkpoint, StoredTensor, read_folder
+from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor, read_config, read_folder
+from mergekit_monosoup.checkpoint.safetensors_file import MOST_TENSORS, checked_entries
 from mergekit_monosoup.errors import InputError
 from mergekit_monosoup.report.inputs import cached_revision
 
@@ -110,13 +114,52 @@ def read_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
         InputError: no such repository or revision, no access, or no connection.
     """
     import huggingface_hub
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    with _said(name, revision, "config.json", "a transformers model"):
+        cached = _cached(name, repo, revision)
+        if cached is not None:
+            return cached
+        file = huggingface_hub.hf_hub_download(repo, "config.json", revision=revision)
+        config = read_config(Path(file).parent)
+        commit = cached_revision(Path(file).parent)
+        try:
+            metadata = huggingface_hub.HfApi().get_safetensors_metadata(repo, revision=commit or revision)
+        except NotASafetensorsRepoError:
+            note = f"{name} has no safetensors files; shapes are unknown until the download"
+            return Checkpoint(name, config, {}, None, commit, shapes_known=False, notes=(note,))
+    return Checkpoint(name, config, _tensors(metadata), None, commit)
+
+
+def cached_adapter(name: str) -> Path | None:
+    """Return the folder of a Hub adapter in the local cache, None where its weights are not there.
+
+    Downloads its configuration and nothing else.
+
+    Args:
+        name: its id, or id@revision.
+
+    Raises:
+        InputError: no such repository or revision, no access, or no connection.
+    """
+    import huggingface_hub
+
+    repo, _, revision = name.partition("@")
+    with _said(name, revision or None, CONFIG, "a PEFT adapter"):
+        file = huggingface_hub.hf_hub_download(repo, CONFIG, revision=revision or None)
+    folder = Path(file).parent
+    return folder if any((folder / weights).is_file() for weights in (WEIGHTS, PICKLE)) else None
+
+
+@contextmanager
+def _said(name: str, revision: str | None, file: str, what: str) -> Iterator[None]:
+    """Say in our words what the Hub's client raises."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
-        NotASafetensorsRepoError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -124,17 +167,7 @@ def read_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
     )
 
     try:
-        cached = _cached(name, repo, revision)
-        if cached is not None:
-            return cached
-        file = huggingface_hub.hf_hub_download(repo, "config.json", revision=revision)
-        config = json.loads(Path(file).read_text("utf-8"))
-        commit = cached_revision(Path(file).parent)
-        try:
-            metadata = huggingface_hub.HfApi().get_safetensors_metadata(repo, revision=commit or revision)
-        except NotASafetensorsRepoError:
-            note = f"{name} has no safetensors files; shapes are unknown until the download"
-            return Checkpoint(name, config, {}, None, commit, shapes_known=False, notes=(note,))
+        yield
     except GatedRepoError as error:
         raise InputError(
             f"model {name} is gated; accept its terms on the Hub and log in with `hf auth login`"
@@ -152,22 +185,30 @@ def read_hub(name: str, repo: str, revision: str | None) -> Checkpoint:
             "check the path, or go online"
         ) from error
     except EntryNotFoundError as error:
-        raise InputError(
-            f"model {name} has no config.json on the Hub; is it a transformers model?"
-        ) from error
+        raise InputError(f"model {name} has no {file} on the Hub; is it {what}?") from error
     except HFValidationError as error:
         raise InputError(f"model {name} is neither a folder here nor a valid Hub id") from error
     except (HfHubHTTPError, SafetensorsParsingError, ValueError) as error:
         raise InputError(f"the Hub's answer about model {name} cannot be used: {error}") from error
-    return Checkpoint(name, config, _tensors(metadata), None, commit)
 
 
 def _tensors(metadata: Any) -> dict[str, StoredTensor]:
-    return {
-        key: StoredTensor(key, tuple(entry.shape), DTYPES.get(entry.dtype, (entry.dtype.lower(), 0))[0], file)
-        for file, header in metadata.files_metadata.items()
-        for key, entry in header.tensors.items()
-    }
+    """Hold the headers to what the format promises, as those of local files are.
+
+    Raises:
+        InputError: they do not keep it.
+    """
+    if sum(len(header.tensors) for header in metadata.files_metadata.values()) > MOST_TENSORS:
+        raise InputError(f"the model holds more than {MOST_TENSORS:,} tensors, which are not read")
+    tensors = {}
+    for file, header in metadata.files_metadata.items():
+        stored = {
+            name: {"shape": entry.shape, "dtype": entry.dtype, "data_offsets": list(entry.data_offsets)}
+            for name, entry in header.tensors.items()
+        }
+        for name, checked in checked_entries(stored, file)[0].items():
+            tensors[name] = StoredTensor(name, checked.shape, checked.dtype, file)
+    return tensors
 
 
 def _cached(name: str, repo: str, revision: str | None) -> Checkpoint | None:

@@ -6,12 +6,14 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor
+from mergekit_monosoup.checkpoint.headers import Checkpoint, load_pickle
 
 # Fine-tuning, even long continued pre-training, leaves cos(W0, W1) well above this; the weights of two
 # separate trainings have a cosine near 0.
@@ -99,10 +101,14 @@ class BaseWatch:
 
 
 def check_base(base: Checkpoint, finetuned: Checkpoint) -> str | None:
-    """Return the message for a base that cannot be one, None where nothing speaks against it.
+    """Return the message for a base that cannot be one, None where nothing speaks against it."""
+    return unrelated(base.name, finetuned.name, sampled_relations(base, finetuned))
 
-    Reads 16 384 entries from the middle of each of nine matrices, spread over the model, and only from
-    local safetensors files.
+
+def sampled_relations(base: Checkpoint, finetuned: Checkpoint) -> list[Relation]:
+    """Return how a few matrices of two local checkpoints lie to each other.
+
+    Reads 16 384 entries from the middle of each of nine matrices, spread over the model.
     """
     common = [
         name
@@ -110,41 +116,57 @@ def check_base(base: Checkpoint, finetuned: Checkpoint) -> str | None:
         if (other := finetuned.tensors.get(name)) is not None
         and len(tensor.shape) >= 2
         and tensor.shape == other.shape
-        and tensor.begin is not None
-        and other.begin is not None
+        and tensor.size
     ]
     step = max(1, len(common) // SAMPLED_TENSORS)
+    first, second = _Samples(base), _Samples(finetuned)
     relations: list[Relation] = []
     for name in common[step // 2 :: step][:SAMPLED_TENSORS]:
-        w0, w1 = _sample(base, name), _sample(finetuned, name)
+        w0, w1 = first(name), second(name)
         found = relation(name, w0, w1) if w0 is not None and w1 is not None and w0.shape == w1.shape else None
         if found is not None:
             relations.append(found)
-    return unrelated(base.name, finetuned.name, relations)
+    return relations
+
+
+def copied(relations: Sequence[Relation]) -> bool:
+    """Say whether every sampled update is zero."""
+    return bool(relations) and all(r.relative_update == 0 for r in relations)
 
 
 def can_check(models: Sequence[Checkpoint]) -> bool:
     """Say whether the values of all these checkpoints are at hand."""
-    return all(m.folder is not None and any(t.begin is not None for t in m.tensors.values()) for m in models)
+    return all(m.folder is not None for m in models)
 
 
-def _sample(checkpoint: Checkpoint, name: str) -> NDArray[np.float64] | None:
-    tensor = checkpoint.tensors[name]
-    if checkpoint.folder is None or tensor.begin is None:
-        return None
-    bytes_each = 2 if tensor.dtype == "bfloat16" else np.dtype(_PLAIN.get(tensor.dtype, "u1")).itemsize
-    if tensor.dtype != "bfloat16" and tensor.dtype not in _PLAIN:
-        return None
-    count, start = _window(tensor)
-    with (checkpoint.folder / tensor.file).open("rb") as stream:
-        stream.seek(tensor.begin + start * bytes_each)
-        raw = stream.read(count * bytes_each)
-    if tensor.dtype == "bfloat16":
-        # bfloat16 is the upper half of float32; numpy has no type of its own for it.
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return np.frombuffer(raw, _PLAIN[tensor.dtype]).astype(np.float64)
+class _Samples:
+    """Entries from the middle of tensors of a local checkpoint."""
 
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._pickled: dict[str, Any] = {}
 
-def _window(tensor: StoredTensor) -> tuple[int, int]:
-    count = min(tensor.size, _ENTRIES)
-    return count, (tensor.size - count) // 2
+    def __call__(self, name: str) -> NDArray[np.float64] | None:
+        """Return the sample in float64, None where the dtype is none that updates are formed in."""
+        tensor, folder = self._checkpoint.tensors[name], self._checkpoint.folder
+        if folder is None or (tensor.dtype != "bfloat16" and tensor.dtype not in _PLAIN):
+            return None
+        count = min(tensor.size, _ENTRIES)
+        start = (tensor.size - count) // 2
+        if tensor.begin is None:
+            return self._of_pickle(folder / tensor.file, tensor.name, start, count)
+        bytes_each = 2 if tensor.dtype == "bfloat16" else np.dtype(_PLAIN[tensor.dtype]).itemsize
+        with (folder / tensor.file).open("rb") as stream:
+            stream.seek(tensor.begin + start * bytes_each)
+            raw = stream.read(count * bytes_each)
+        if tensor.dtype == "bfloat16":
+            # bfloat16 is the upper half of float32; numpy has no type of its own for it.
+            return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return np.frombuffer(raw, _PLAIN[tensor.dtype]).astype(np.float64)
+
+    def _of_pickle(self, file: Path, name: str, start: int, count: int) -> NDArray[np.float64]:
+        if file.name not in self._pickled:
+            self._pickled[file.name] = load_pickle(file)
+        values = self._pickled[file.name][name].flatten()[start : start + count]
+        sample: NDArray[np.float64] = values.double().numpy()
+        return sample

@@ -100,7 +100,8 @@ def _renamed(model: Renamed, names: Mapping[str, str]) -> Renamed:
         for old, tensor in model.checkpoint.tensors.items()
     }
     stored = {names.get(old, old): model.stored.get(old, old) for old in model.checkpoint.tensors}
-    return Renamed(replace(model.checkpoint, tensors=tensors), {n: s for n, s in stored.items() if n != s})
+    other = {n: s for n, s in stored.items() if n != s}
+    return Renamed(replace(model.checkpoint, tensors=tensors, renamed=bool(other)), other)
 
 
 def _reference(base: Checkpoint, tuned: Checkpoint) -> bool:

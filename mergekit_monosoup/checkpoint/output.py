@@ -38,6 +38,23 @@ def occupied(out: Path, *, overwrite: bool) -> str | None:
     return None
 
 
+def left_behind(out: Path) -> str | None:
+    """Return the message for what an interrupted merge has left where it works, None without."""
+    result = Path(os.path.realpath(out))
+    for root in (partial_of(result), result / PARTIAL):
+        if not root.is_dir():
+            continue
+        with told(root):
+            held = {entry.name for entry in root.iterdir()} - {"lock", "model"}
+            begun = held or ((root / "model").is_dir() and any((root / "model").iterdir()))
+        if begun:
+            return (
+                f"{root} is what an interrupted merge has left; pass --resume to go on with it, or "
+                "--restart to delete it and begin again"
+            )
+    return None
+
+
 def refuse_occupied(out: Path, overwrite: bool) -> None:
     """Refuse an output folder that holds something, unless it may be replaced.
 

@@ -8,6 +8,7 @@ from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor
 from mergekit_monosoup.checkpoint.scales import scale_name
 
 _WEIGHT_SUFFIXES = ("weight", "qweight", "weight_packed", "blocks", "W_q", "weight:_data")
+_FLOAT8_METHODS = frozenset({"fp8", "fbgemm_fp8"})
 
 
 def refused_storage(checkpoint: Checkpoint, tensor: StoredTensor) -> str | None:
@@ -20,6 +21,26 @@ def refused_storage(checkpoint: Checkpoint, tensor: StoredTensor) -> str | None:
         )
     if _is_quantised_weight(tensor):
         return f"{where}, so the checkpoint is quantised; dequantise it to float16, bfloat16 or float32 first"
+    return None
+
+
+def refused_checkpoint(checkpoint: Checkpoint) -> str | None:
+    """Return why a checkpoint cannot be edited as it is stored, None where it can.
+
+    As `quantized.refuse_quantized_checkpoint` does for files that mergekit has opened: by every tensor,
+    planned or not, and pickled files by the configuration.
+    """
+    for tensor in checkpoint.tensors.values():
+        message = refused_storage(checkpoint, tensor)
+        if message is not None:
+            return message
+    config = checkpoint.config.get("quantization_config")
+    pickled = any(not tensor.file.endswith(".safetensors") for tensor in checkpoint.tensors.values())
+    if pickled and config and config.get("quant_method") not in _FLOAT8_METHODS:
+        return (
+            f"config.json of {checkpoint.name} says that its weights are quantised "
+            f"({config.get('quant_method')}); dequantise them to float16, bfloat16 or float32 first"
+        )
     return None
 
 

@@ -104,6 +104,13 @@ def lora(
     for key in edited.kept:
         reason = "the base has no tensor of that name and shape" if base else "give --base to edit it"
         click.echo(f"Warning: {key} is stored whole and was kept as it is; {reason}.", err=True)
+    moved = [record.edit for record in edited.records if record.edit.matrices]
+    if moved and all(edit.lambda_high == 1 and edit.cos_alpha == 0 for edit in moved):
+        click.echo(
+            "Warning: the split keeps all directions of every module (k = r), so the adapter is as it was; a "
+            "lower energy threshold divides them, such as --energy 0.8.",
+            err=True,
+        )
     if not quiet:
         _summarise(edited)
         click.echo(f"Wrote {out}")

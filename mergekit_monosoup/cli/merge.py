@@ -53,6 +53,7 @@ def merge(
     when it is whole and on the disk; after an interruption, `--resume` goes on with what is there.
     """
     from mergekit_monosoup.merging.run import RunOptions, merge_to_folder
+    from mergekit_monosoup.planning.plain_yaml import read_text
     from mergekit_monosoup.registry import register
 
     merge_options.apply_global_options()
@@ -66,7 +67,7 @@ def merge(
     with reported_errors():
         register()
         merge_to_folder(
-            config_file.read_text("utf-8"),
+            read_text(config_file),
             out_path,
             merge_options,
             RunOptions(overwrite, resume, restart, force_base, report, cluster, files_from),

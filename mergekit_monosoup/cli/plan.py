@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_monosoup.cli.failure import reported_errors
+from mergekit_monosoup.cli.failure import printable, reported_errors
 
 if TYPE_CHECKING:
     from mergekit_monosoup.planning.plan import Plan
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), help="Output folder to check as well.")
 @click.option("--overwrite", is_flag=True, help="The output folder may hold something already.")
 @click.option("--allow-crimes", is_flag=True, help="Allow models of different architectures.")
-@click.option("--force-base", is_flag=True, help="Do not warn of a base that may not be one.")
+@click.option("--force-base", is_flag=True, help="Plan although the base may be none.")
+@click.option("-v", "--verbose", is_flag=True, help="A row for each tensor, not for each kind of them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.pass_context
 def plan(
@@ -31,6 +32,7 @@ def plan(
     overwrite: bool,
     allow_crimes: bool,
     force_base: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Check the recipe CONFIG_FILE and say what the merge will do.
@@ -41,15 +43,13 @@ def plan(
     """
     # Before numpy is imported: the calibration runs on one core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mergekit_monosoup.planning.plain_yaml import read_text
     from mergekit_monosoup.planning.plan import PlanOptions, make_plan
 
     with reported_errors():
-        options = PlanOptions(out=out, overwrite=overwrite, allow_crimes=allow_crimes)
-        found = make_plan(config_file.read_text("utf-8"), options)
-        if not force_base:
-            for message in found.base_messages:
-                found.problems.warning(message)
-    click.echo(json.dumps(_as_json(found), indent=2) if as_json else _as_text(found, config_file))
+        options = PlanOptions(out=out, overwrite=overwrite, allow_crimes=allow_crimes, force_base=force_base)
+        found = make_plan(read_text(config_file), options)
+    click.echo(json.dumps(_as_json(found), indent=2) if as_json else _as_text(found, config_file, verbose))
     if found.problems.errors:
         ctx.exit(1)
 
@@ -88,17 +88,31 @@ def _totals(found: Plan) -> dict[str, dict[str, int]]:
     return totals
 
 
-def _as_text(found: Plan, config_file: Path) -> str:
+def _as_text(found: Plan, config_file: Path, verbose: bool) -> str:
     from mergekit_monosoup.checkpoint.output import gigabytes
+    from mergekit_monosoup.planning.folding import Folded, folded
     from mergekit_monosoup.report.table import text_table
 
     parts = []
     if found.tensors:
+        kinds = [Folded(t.tensor, (t,)) for t in found.tensors] if verbose else folded(found.tensors)
         rows = [
-            [t.tensor, t.action, "x".join(map(str, t.shape)), t.dtype, t.view or "-", t.why]
-            for t in found.tensors
+            [
+                kind.name,
+                str(len(kind.tensors)),
+                t.action,
+                "x".join(map(str, t.shape)),
+                t.dtype,
+                t.view or "-",
+                t.why,
+            ]
+            for kind in kinds
+            for t in kind.tensors[:1]
         ]
-        parts.append(text_table(["tensor", "action", "shape", "dtype", "matrix view", "why"], rows))
+        heads = ["tensor", "count", "action", "shape", "dtype", "matrix view", "why"]
+        if verbose:
+            heads, rows = [h for h in heads if h != "count"], [[*row[:1], *row[2:]] for row in rows]
+        parts.append(text_table(heads, rows))
         totals = "\n".join(
             f"{action:<9} {entry['tensors']:>6} tensors {entry['parameters']:>16,} parameters"
             for action, entry in _totals(found).items()
@@ -114,7 +128,7 @@ def _as_text(found: Plan, config_file: Path) -> str:
     for kind, problems in (("warning", found.problems.warnings), ("error", found.problems.errors)):
         parts += [f"{kind}: {config_file}: {problem}" for problem in problems]
     parts.append("this merge would fail" if found.problems.errors else "this merge would run")
-    return "\n\n".join(parts)
+    return printable("\n\n".join(parts))
 
 
 def _duration(seconds: float) -> str:

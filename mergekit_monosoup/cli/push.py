@@ -31,7 +31,7 @@ def push(
     verbose: bool,
     quiet: bool,
 ) -> None:
-    """Check the merged model in OUT and upload it to the Hub as REPO_ID.
+    """Check the merged model or edited adapter in OUT and upload it to the Hub as REPO_ID.
 
     The check: config.json loads, the index is complete, every tensor is there and finite. After a lost
     connection, run the same command again; what has arrived is not sent again.
@@ -40,13 +40,16 @@ def push(
         raise click.UsageError("--create-pr opens a pull request on the main branch; leave out --revision")
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
     log = logging.getLogger(__name__)
+    from mergekit_monosoup.checkpoint.adapter_folder import WEIGHTS, is_adapter
     from mergekit_monosoup.checkpoint.output import gigabytes
     from mergekit_monosoup.merging.progress import progress
     from mergekit_monosoup.merging.verify import weight_files
     from mergekit_monosoup.publishing import check_folder, upload
 
     with reported_errors():
-        total = sum(file.stat().st_size for file in weight_files(folder))
+        adapter = is_adapter(folder)
+        files = [folder / WEIGHTS] if adapter else weight_files(folder)
+        total = sum(file.stat().st_size for file in files if file.is_file())
         with progress(total, "Checking", quiet=quiet, unit="B") as bar:
 
             def seen(name: str, size: int) -> None:
@@ -73,6 +76,6 @@ def push(
             private=private or None,
             revision=revision,
             create_pr=create_pr,
-            message=message,
+            message=message or ("Upload adapter" if adapter else None),
         )
         click.echo(f"Uploaded to {address}")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     metavar="CONDITION",
     help="Part of a tensor's name, or a comparison such as 'lambda_high<0.5' or action=kept; repeatable.",
 )
-@click.option("--columns", metavar="NAMES", help="Comma-separated fields to show.")
+@click.option("--columns", metavar="NAMES", help="Comma-separated fields or headings to show.")
 @click.option("--limit", type=click.IntRange(min=1), help="Show this many rows only.")
 @click.option(
     "--by", default="lambda_high", show_default=True, help="Field by which two reports are compared."
@@ -53,6 +53,7 @@ def report(
         comparison_table,
         condition,
         records_table,
+        remark,
         sorted_records,
         summary,
     )
@@ -78,3 +79,5 @@ def report(
         names = tuple(columns.split(",")) if columns else DEFAULT_COLUMNS
         click.echo(records_table(shown, tuple(name.strip() for name in names)))
         click.echo(summary(records))
+        if (note := remark(records)) is not None:
+            click.echo(note)

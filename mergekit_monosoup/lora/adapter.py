@@ -21,11 +21,14 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mergekit_monosoup.checkpoint.headers import unreadable_pickle
 from mergekit_monosoup.errors import AdapterError, NonFiniteError, ShapeMismatchError, UnsupportedAdapterError
 from mergekit_monosoup.lora.factors import LowRankUpdate
+from mergekit_monosoup.lora.keys import PREFIX as PREFIX
+from mergekit_monosoup.lora.keys import plain_keys
+from mergekit_monosoup.lora.stacks import with_peft_layout
 from mergekit_monosoup.lora.variants import refuse_nonlinear
 
-PREFIX = "base_model.model."
 # What an adapter's folder may hold besides the adapter, and what belongs to a copy of it.
 COMPANIONS = (
     "added_tokens.json",
@@ -174,6 +177,7 @@ def read_adapter(source: str) -> Adapter:
     if not pairs and not full:
         raise AdapterError(f"adapter {source} holds no LoRA factors")
     modules = _modules(source, config, tensors, pairs)
+    tensors, settings = with_peft_layout(source, folder, settings, tensors, modules)
     for key in biases:
         if key.removesuffix(_BIAS) not in pairs:
             raise AdapterError(f"adapter {source}: {key} has no factors beside it")
@@ -188,18 +192,11 @@ def _read_tensors(source: str, folder: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise AdapterError(f"adapter {source}: {SAFETENSORS_WEIGHTS_NAME} is damaged: {error}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise AdapterError(
-            f"adapter {source}: {WEIGHTS_NAME} cannot be read as plain tensors: {error}"
-        ) from error
+        raise AdapterError(str(unreadable_pickle(folder / WEIGHTS_NAME, error))) from error
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise AdapterError(f"adapter {source}: {key} is no tensor")
-        if not key.startswith(PREFIX):
-            raise AdapterError(
-                f"adapter {source}: {key} does not start with {PREFIX}; save the adapter by peft's "
-                "save_pretrained"
-            )
-    return tensors
+    return plain_keys(source, tensors)
 
 
 def _modules(

@@ -12,17 +12,17 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mergekit
 from mergekit.common import ModelPath, ModelReference
-from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from mergekit_monosoup.errors import ConfigurationError, UnsupportedAdapterError
+from mergekit_monosoup.errors import UnsupportedAdapterError
 from mergekit_monosoup.lora.adapter import read_adapter
 
 LOG = logging.getLogger(__name__)
@@ -30,22 +30,15 @@ LOG = logging.getLogger(__name__)
 MARKER = "mergekit-monosoup-lora.json"
 
 
-def prepare_lora_cache(config: MergeConfiguration, options: MergeOptions) -> None:
-    """Merge the adapters that a recipe names, so that mergekit finds whole and matching folders.
+def prepare_lora_cache(references: Sequence[ModelReference], options: MergeOptions) -> None:
+    """Have peft merge adapters into the cache of the options, so that mergekit finds whole folders.
 
     Folders that are incomplete, of another dtype, of another version of the adapter or without a marker
     are built again, and a warning says why.
 
     Raises:
-        ConfigurationError: the recipe has adapters, and there is no folder to merge them in.
         AdapterError: an adapter is damaged, or does not fit its base.
     """
-    references = [model for model in config.referenced_models() if model.lora is not None]
-    if references and not options.lora_merge_cache:
-        raise ConfigurationError(
-            f"{references[0]} carries an adapter, and mergekit merges it into a folder before anything else; "
-            "name one with --lora-merge-cache"
-        )
     for reference in sorted(references, key=str):
         _prepare(reference, options)
 

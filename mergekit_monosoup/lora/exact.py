@@ -19,7 +19,7 @@ from mergekit_monosoup.lora.adapter import read_adapter
 from mergekit_monosoup.lora.factors import LowRankUpdate, mean_of
 
 if TYPE_CHECKING:
-    from mergekit_monosoup.lora.hollow import Change, NameMap
+    from mergekit_monosoup.lora.placement import Change, Placement
 
 LOG = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class ExactUpdate:
         """Return dW in the shape, dtype and place of `like`."""
         dw = torch.zeros_like(like) if self.dense is None else self.dense.to(like)
         if self.low_rank is not None:
-            dw = dw + self.low_rank.materialise(like.dtype).to(like.device)
+            dw = dw + self.low_rank.materialise(like.dtype, like.device)
         return dw
 
 
@@ -52,7 +52,8 @@ class Adapters:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._known: dict[ModelReference, tuple[NameMap, dict[str, Change]] | None] = {}
+        self._known: dict[ModelReference, Placement | None] = {}
+        self._sources: dict[tuple[str, ModelReference], str | None] = {}
         self._warned: set[str] = set()
 
     def exact_update(
@@ -75,27 +76,34 @@ class Adapters:
         reference, name = entry.id, metadata.name
         if not isinstance(reference, ModelReference) or reference.lora is None or name is None:
             return None
-        if not _same_base(reference, base.id):
+        if not same_base(reference, base.id):
             self._warn(
                 str(reference),
                 f"its update is taken from the merged weights: base_model is {base.id}, "
                 f"not {reference.model}",
             )
             return None
+        source = self._sources.get((name, reference), name)
+        if source is None:
+            self._warn(
+                str(reference),
+                f"its update of {name}, and of others like it, is taken from the merged weights, because "
+                "other layers of the base are merged with it",
+            )
+            return None
         placed = self._placed(reference)
         if placed is None:
             return None
-        names, changes = placed
-        key = names.resolve(name)
-        change = changes.get(key) if key is not None else None
-        if key is None or (change is not None and not change.exact):
+        try:
+            change = placed.change_of(source)
+        except UnsupportedAdapterError as error:
             self._warn(
                 str(reference),
-                f"the update of {name}, and of others like it, is taken from the merged weights",
+                f"the update of {name}, and of others like it, is taken from the merged weights ({error})",
             )
             return None
-        update = _update(change, base.tensor)
-        if update is not None and _agrees(entry.tensor, base.tensor, update):
+        update = update_of(change, base.tensor)
+        if update is not None and self._is_that_of(entry, base, update, metadata):
             return update
         if metadata.vocabulary_axis is not None:
             self._warn(
@@ -106,13 +114,36 @@ class Adapters:
         raise AdapterError(
             f"tensor {name}: the merged copy of {reference} is not base + adapter. Either it was left in "
             "the LoRA cache by another version of the adapter (delete that folder; `mergekit-monosoup merge` "
-            "does so by itself), or slices renumber the layers (set `exact_lora: false`)"
+            "needs none), or slices renumber the layers (set `exact_lora: false`)"
         )
 
-    def _placed(self, reference: ModelReference) -> tuple[NameMap, dict[str, Change]] | None:
+    def made_of(self, reference: ModelReference, output: str, source: str | None) -> None:
+        """Take note that an input is base + adapter and no merged copy, so that it needs no witness.
+
+        Args:
+            reference: the input.
+            output: the tensor's name in the output.
+            source: its name in the base; None where the base takes part with another tensor.
+        """
+        with self._lock:
+            self._sources[output, reference] = source
+
+    def _is_that_of(
+        self, entry: TensorEntry, base: TensorEntry, update: ExactUpdate, metadata: TensorMetadata
+    ) -> bool:
+        # Rows of a vocabulary may have been rearranged on the way, whatever they were made of.
+        if (metadata.name, entry.id) in self._sources and metadata.vocabulary_axis is None:
+            return True
+        return _agrees(entry.tensor, base.tensor, update)
+
+    def _placed(self, reference: ModelReference) -> Placement | None:
         # Not before an adapter is met: the methods must register whatever peft's modules look like inside.
+        from mergekit_monosoup.lora.adapted import adapted_loader
         from mergekit_monosoup.lora.hollow import place
 
+        loader = adapted_loader(LoaderCache.loaders.get(reference))
+        if loader is not None:
+            return loader.placement
         with self._lock:
             if reference not in self._known:
                 try:
@@ -134,7 +165,10 @@ class Adapters:
                 LOG.warning("%s: %s", subject, message)
 
 
-def _same_base(reference: ModelReference, base: object) -> bool:
+def same_base(reference: ModelReference, base: object) -> bool:
+    """Say whether a reference names the model `base`, without an adapter, before its own."""
+    if isinstance(base, str):
+        base = ModelReference.parse(base)
     return (
         isinstance(base, ModelReference)
         and base.lora is None
@@ -146,7 +180,8 @@ def _spelled(path: ModelPath) -> str:
     return os.path.realpath(path.path) if os.path.exists(path.path) else str(path)
 
 
-def _update(change: Change | None, base: Tensor) -> ExactUpdate | None:
+def update_of(change: Change | None, base: Tensor) -> ExactUpdate | None:
+    """Return the update that an adapter stands for, given the base's tensor; None where the shapes differ."""
     if change is None:
         return ExactUpdate()
     dense = None
@@ -158,6 +193,14 @@ def _update(change: Change | None, base: Tensor) -> ExactUpdate | None:
         # A frozen embedding saved along may be the base before it was rounded for storage.
         if not bool((dense.abs() > (_spacing(base) * w0.abs() if change.frozen else 0)).any()):
             dense = None
+    if change.rows is not None:
+        indices, values = change.rows
+        if base.ndim != 2 or values.shape[1:] != base.shape[1:] or int(indices.max()) >= len(base):
+            return None
+        w0 = base if base.dtype == torch.float64 else base.float()
+        dense = torch.zeros_like(w0) if dense is None else dense
+        indices = indices.to(w0.device)
+        dense = dense.index_copy(0, indices, values.to(w0) - w0[indices])
     if change.shift is not None:
         shift = change.shift.to(device=base.device, dtype=torch.float32)
         dense = shift if dense is None else dense + shift

@@ -54,9 +54,11 @@ class LowRankUpdate:
         """Number of columns r of `left`."""
         return self.left.shape[2]
 
-    def materialise(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return dW in the shape of the weight, computed in `dtype`."""
-        dw = torch.bmm(self.left.to(dtype), self.right.to(dtype))
+    def materialise(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Return dW in the shape of the weight, computed in `dtype` on `device` (that of the factors)."""
+        dw = torch.bmm(self.left.to(device, dtype), self.right.to(device, dtype))
         return dw.mul_(self.scaling).reshape(self.shape)
 
 

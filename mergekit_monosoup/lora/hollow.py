@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from typing import Any
 
@@ -27,42 +26,50 @@ from peft.tuners.lora.layer import (
     MultiheadAttention,
     ParamWrapper,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.initialization import no_init_weights
 
 from mergekit_monosoup.errors import AdapterError, UnsupportedAdapterError
 from mergekit_monosoup.lora.adapter import PREFIX, Adapter
 from mergekit_monosoup.lora.factors import LowRankUpdate
+from mergekit_monosoup.lora.fitting import with_prefix, with_swapped_stacks
+from mergekit_monosoup.lora.placement import Change, NameMap, Placement
 
 _NAME = "default"
+_OF_THE_ADAPTER = (".lora_", ".modules_to_save.", ".token_adapter.trainable_tokens")
+_TASK_CLASSES = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+}
 
 
-@dataclass(frozen=True)
-class Change:
-    """What an adapter does to one tensor: any of a new value, an added tensor and a low-rank update.
+def hollow_model(
+    reference: ModelReference,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    adapter: Adapter | None = None,
+) -> Any:
+    """Return the base of a reference as transformers builds it, with parameters that take no memory.
 
-    `frozen` says that the new value is the base's own, saved along; `exact` is False where peft changes
-    the tensor in a way that is none of these.
+    Args:
+        reference: the base.
+        dtype: of the parameters.
+        trust_remote_code: as transformers has it.
+        adapter: may ask for a longer vocabulary, or for a head that the base does not have.
     """
-
-    whole: Tensor | None = None
-    shift: Tensor | None = None
-    low_rank: tuple[LowRankUpdate, ...] = ()
-    exact: bool = True
-    frozen: bool = False
-
-
-def hollow_model(reference: ModelReference, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """Return the base of a reference as transformers builds it, with parameters that take no memory."""
     config = reference.config(trust_remote_code)
+    auto_class = get_auto_cls(config.architectures[0])
     try:
-        with torch.device("meta"), no_init_weights():
-            model = get_auto_cls(config.architectures[0]).from_config(
-                config, trust_remote_code=trust_remote_code
-            )
+        model = _on_meta(auto_class, config, trust_remote_code)
+        if adapter is not None and (other := _asked_for(adapter, model, config)) is not None:
+            model = _on_meta(other or auto_class, config, trust_remote_code)
         model.tie_weights()
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise UnsupportedAdapterError(
@@ -82,30 +89,36 @@ def hollow_model(reference: ModelReference, dtype: torch.dtype, trust_remote_cod
     return model
 
 
-class NameMap:
-    """Names of a checkpoint's tensors, old and new, to those of the model class."""
-
-    def __init__(self, model: Any) -> None:
-        self._state = {name: True for name, _ in model.named_parameters(remove_duplicate=False)}
-        self._state |= {name: True for name, _ in model.named_buffers()}
-        transforms = get_model_conversion_mapping(model)
-        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self._prefix = getattr(model, "base_model_prefix", None)
-
-    def resolve(self, name: str) -> str | None:
-        """Return the model's name of a tensor, or None where it is stored in another form."""
-        if name in self._state:
-            return name
-        renamed, converter = rename_source_key(
-            name, self._renamings, self._converters, self._prefix, self._state
-        )
-        return renamed if converter is None and renamed in self._state else None
+def _on_meta(auto_class: Any, config: Any, trust_remote_code: bool) -> Any:
+    with torch.device("meta"), no_init_weights():
+        return auto_class.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def place(
-    reference: ModelReference, adapter: Adapter, trust_remote_code: bool = False
-) -> tuple[NameMap, dict[str, Change]]:
+def _asked_for(adapter: Adapter, model: Any, config: Any) -> Any | None:
+    """Change the configuration to what an adapter was trained on.
+
+    Returns:
+        None where nothing changes, otherwise the class to build, or False for the same one.
+    """
+    whole = {key.removeprefix(PREFIX): adapter.tensors[key] for key in adapter.full}
+    held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    head = [t for name, t in whole.items() if name not in held and name.endswith("weight") and t.ndim == 2]
+    task = getattr(adapter.config.task_type, "value", adapter.config.task_type)
+    other: Any = _TASK_CLASSES.get(str(task)) if head else None
+    if other is not None:
+        config.num_labels = min(len(tensor) for tensor in head)
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    name = names.get(id(embedding))
+    found = (whole.get(f"{name}.{leaf}") for leaf in ("weight", "base_layer.weight"))
+    rows = next((len(tensor) for tensor in found if tensor is not None), None)
+    if rows is not None and embedding is not None and rows != embedding.weight.shape[0]:
+        config.get_text_config().vocab_size = rows
+        other = other or False
+    return other
+
+
+def place(reference: ModelReference, adapter: Adapter, trust_remote_code: bool = False) -> Placement:
     """Let peft place an adapter on its base; return what it does, by the names of the model's tensors.
 
     Raises:
@@ -115,8 +128,9 @@ def place(
     if adapter.config.layer_replication:
         raise UnsupportedAdapterError(f"adapter {adapter.source} replicates layers (layer_replication)")
     dtypes = {t.dtype for t in adapter.tensors.values() if t.is_floating_point()}
-    model = hollow_model(reference, reduce(torch.promote_types, dtypes, torch.bfloat16), trust_remote_code)
-    names = NameMap(model)
+    dtype = reduce(torch.promote_types, dtypes, torch.bfloat16)
+    model = hollow_model(reference, dtype, trust_remote_code, adapter)
+    names, tensors = NameMap(model), with_prefix(adapter, model)
     # Tied tensors are one parameter under several names. Held here, so that no id is given out again.
     shells = dict(model.named_parameters(remove_duplicate=False))
     config = copy.deepcopy(adapter.config)
@@ -125,9 +139,8 @@ def place(
         warnings.simplefilter("ignore")
         try:
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-            result = set_peft_model_state_dict(
-                adapted, dict(adapter.tensors), adapter_name=_NAME, low_cpu_mem_usage=True
-            )
+            tensors = with_swapped_stacks(adapter, tensors, adapted)
+            result = set_peft_model_state_dict(adapted, tensors, adapter_name=_NAME, low_cpu_mem_usage=True)
         except (ValueError, RuntimeError, KeyError) as error:
             raise AdapterError(
                 f"adapter {adapter.source} does not fit base {reference.model}: {error}"
@@ -139,14 +152,21 @@ def place(
             f"adapter {adapter.source} is not of base {reference.model}: {len(strangers)} names do not "
             f"match, for instance {strangers[0]}; name the base that the adapter was trained on"
         )
-    return names, _changes(adapted, shells)
+    ties = {name: names for names in _aliases(shells).values() for name in names}
+    return Placement(names, _changes(adapted, shells), ties)
 
 
-def _changes(adapted: PeftModel, shells: dict[str, nn.Parameter]) -> dict[str, Change]:
+def _aliases(shells: Mapping[str, nn.Parameter]) -> dict[int, list[str]]:
     aliases: dict[int, list[str]] = {}
     for name, parameter in shells.items():
         aliases.setdefault(id(parameter), []).append(name)
+    return aliases
+
+
+def _changes(adapted: PeftModel, shells: dict[str, nn.Parameter]) -> dict[str, Change]:
+    aliases = _aliases(shells)
     whole: dict[str, Tensor] = {}
+    rows: dict[str, tuple[Tensor, Tensor]] = {}
     shift: dict[str, Tensor] = {}
     low_rank: dict[str, list[LowRankUpdate]] = {}
     inexact: set[str] = set()
@@ -157,6 +177,10 @@ def _changes(adapted: PeftModel, shells: dict[str, nn.Parameter]) -> dict[str, C
         if isinstance(module, ModulesToSaveWrapper):
             for leaf, parameter in module.modules_to_save[_NAME].named_parameters():
                 whole[f"{plain}.{leaf}"] = parameter.data
+        elif isinstance(module, TrainableTokensWrapper):
+            tokens = module.token_adapter
+            replaced = torch.tensor(tokens.token_indices[_NAME]), tokens.trainable_tokens_delta[_NAME].data
+            rows.update(dict.fromkeys(by_name[f"{plain}.weight"], replaced))
         elif isinstance(module, AuxiliaryTrainingWrapper):
             inexact.update(by_name[f"{plain}.weight"])
         elif isinstance(module, LoraLayer):
@@ -165,10 +189,11 @@ def _changes(adapted: PeftModel, shells: dict[str, nn.Parameter]) -> dict[str, C
                     low_rank.setdefault(alias, []).append(update)
             if module.lora_bias.get(_NAME):
                 b = module.lora_B[_NAME].bias.data
-                shift[f"{plain}.bias"] = b * module.scaling[_NAME]
+                wide = torch.promote_types(b.dtype, torch.float32)
+                shift[f"{plain}.bias"] = b.to(wide) * module.scaling[_NAME]
     # What is no shell any more has been filled by the adapter: biases and embeddings saved along.
     for path, parameter in adapted.named_parameters(remove_duplicate=False):
-        if id(parameter) not in aliases and ".lora_" not in path and ".modules_to_save." not in path:
+        if id(parameter) not in aliases and not any(part in path for part in _OF_THE_ADAPTER):
             name = _plain(path)
             if name in by_name:
                 whole[name] = parameter.data
@@ -177,12 +202,13 @@ def _changes(adapted: PeftModel, shells: dict[str, nn.Parameter]) -> dict[str, C
     return {
         name: Change(
             whole.get(name),
+            rows.get(name),
             shift.get(name),
             tuple(low_rank.get(name, ())),
             name not in inexact,
             name in frozen,
         )
-        for name in whole.keys() | shift.keys() | low_rank.keys() | inexact
+        for name in whole.keys() | rows.keys() | shift.keys() | low_rank.keys() | inexact
     }
 
 

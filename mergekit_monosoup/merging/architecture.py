@@ -18,6 +18,7 @@ from mergekit.architecture import (
     ModuleArchitecture,
     ModuleDefinition,
     WeightInfo,
+    arch_info_for_config,
     get_architecture_info,
 )
 from mergekit.architecture.json_definitions import JsonLayerTemplates, JsonModuleArchitecture
@@ -113,15 +114,30 @@ def _own_definition(
     label = class_name(models[0])
     if len({class_name(model) for model in models}) > 1:
         return _Definition(None, "the checkpoints are of different classes", True)
+    configs = [m.config(trust_remote_code=options.trust_remote_code) for m in checkpoints]
+    if any(model.renamed for model in models) and arch_info_for_config(configs[0]) is None:
+        return _Definition(None, "mergekit would infer the architecture from the names in the files", True)
     try:
-        arch = _without_optional_aliases(get_architecture_info(config, options))
-    # An AssertionError: mergekit looks for the files of a base with an adapter before it has merged them.
-    except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        arch = _without_optional_aliases(get_architecture_info(_without_adapters(config), options))
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         return _Definition(None, f"mergekit cannot infer the architecture {label} ({error})", True)
     trust = options.trust_remote_code
     asked = {c.name: arch.all_weights(m.config(trust_remote_code=trust)) for m, c in checkpoints.items()}
     found = misfit(asked, models, label)
     return _Definition(arch, *found) if found is not None else _Definition(arch)
+
+
+def _without_adapters(config: MergeConfiguration) -> MergeConfiguration:
+    """Return a recipe of the same checkpoints, of which mergekit can look at the files."""
+    models = config.referenced_models()
+    if not any(model.lora for model in models):
+        return config
+    bare = {model: model.model_copy(update={"lora": None}) for model in models}
+    base = bare[config.base_model] if config.base_model is not None else None
+    listed = [{"model": model} for model in dict.fromkeys(bare.values())]
+    return MergeConfiguration.model_validate(
+        {"merge_method": config.merge_method, "models": listed, "base_model": base}
+    )
 
 
 def _without_optional_aliases(arch: ModelArchitecture) -> ModelArchitecture:

@@ -42,7 +42,7 @@ def write_card(
         name: title of the card.
         header, records: report of the merge, for a section of its own; without records there is none.
         notes: paragraphs to add at its end.
-        sources: folders whose cards' licence, languages and kind of model carry over; the first counts most.
+        sources: folders of the checkpoint whose licence, languages and kind carry over, the first before all.
     """
     shown = PublicRecipe(recipe)
     config = MergeConfiguration.model_validate(shown.content)

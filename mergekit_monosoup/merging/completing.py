@@ -55,9 +55,7 @@ def complete(folder: str | Path, source: str | Path) -> list[str]:
     reference = reference_to(str(source))
     found = source_of(reference, options)
     if found.folder.resolve() == out.resolve():
-        raise InputError(
-            f"{folder} is the merged model itself; name the fine-tuned model that it was made of"
-        )
+        raise InputError(f"{folder} is the merged model itself; name the fine-tuned model of the merge")
     before = tensors_in(found.folder)
     if not before and not Path(reference.model.path).is_dir():
         before = read_hub(reference.model.path, reference.model.path, reference.model.revision).tensors

@@ -12,6 +12,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_monosoup import host
 from mergekit_monosoup.errors import InputError
+from mergekit_monosoup.lora.adapted import adapted_loader
 from mergekit_monosoup.merging.layout import Layout
 from mergekit_monosoup.report.versions import versions
 
@@ -54,7 +55,8 @@ def stamps(models: Iterable[ModelReference]) -> Stamps:
     for model in sorted(models, key=str):
         folders = []
         loader = host.loader_of(model)
-        if loader is not None:
+        # A merged copy is made again by the next run, of the same base and adapter.
+        if loader is not None and (model.lora is None or adapted_loader(loader) is not None):
             folders.append(Path(loader.index.base_path))
         if model.lora is not None:
             folders.append(Path(model.lora.path))

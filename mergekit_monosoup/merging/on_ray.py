@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from torch import Tensor
 from mergekit_monosoup import host
 from mergekit_monosoup.alignment.stored import Alignment, align_loaders, joined, loader_for
 from mergekit_monosoup.errors import ConfigurationError, MonoSoupError, OutputError
+from mergekit_monosoup.merging.adapters import MERGED_ADAPTERS, open_adapters
 from mergekit_monosoup.merging.layout import Layout
 from mergekit_monosoup.merging.prepared import Prepared
 from mergekit_monosoup.merging.units import Unit, compute, cost
@@ -84,6 +86,11 @@ class Worker:
         self._options = MergeOptions.model_validate(options)
         self._records: dict[str, TensorRecord] = {}
         recipe = MergeConfiguration.model_validate(config)
+        copies = Path(path).parent / MERGED_ADAPTERS
+        if not copies.is_dir():
+            # The driver's folder is not at hand here.
+            copies = Path(tempfile.gettempdir()) / f"monosoup-{token}" / str(os.getpid())
+        open_adapters(recipe, self._options, copies, revisions)
         host.open_models(recipe.referenced_models(), self._options, revisions)
         self._prepared = Prepared.of(recipe, self._options, [self._take])
         self._units = {unit.name: unit for unit in self._prepared.units.units}

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 
 from mergekit_monosoup import host
 from mergekit_monosoup.checkpoint.classes import is_language_model_of
 from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor, header_of, read_config
 from mergekit_monosoup.checkpoint.naming import with_common_names
+from mergekit_monosoup.lora.adapted import AdaptedLoader
 
 
 def open_with_common_names(
@@ -70,11 +73,29 @@ def opened_checkpoint(model: ModelReference) -> Checkpoint:
     """Return configuration and headers of a checkpoint, an adapter merged into it where it has one."""
     loader = host.stored_loader(model)
     folder = Path(loader.index.base_path)
-    tensors: dict[str, StoredTensor] = {}
-    for shard in loader.index.shards:
-        held = header_of(folder / shard.filename)
-        tensors |= {name: held[name] for name in shard.contained_keys if name in held}
+    tensors = _adapted_headers(loader) if isinstance(loader, AdaptedLoader) else _headers(loader)
     config = read_config(folder)
     if model.override_architecture:
         config = {**config, "architectures": [model.override_architecture]}
     return replace(Checkpoint(str(model), config, tensors, folder), adapter=model.lora and str(model.lora))
+
+
+def _headers(loader: LazyTensorLoader) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for shard in loader.index.shards:
+        held = header_of(Path(loader.index.base_path) / shard.filename)
+        tensors |= {name: held[name] for name in shard.contained_keys if name in held}
+    return tensors
+
+
+def _adapted_headers(loader: AdaptedLoader) -> dict[str, StoredTensor]:
+    """Return what a base's tensors look like with an adapter on it, and those that only the adapter has."""
+    base = _headers(loader.base)
+    shapes = loader.shapes({n: (t.shape, getattr(torch, t.dtype)) for n, t in base.items()})
+    tensors = {}
+    for name, (shape, dtype) in shapes.items():
+        spelled = str(dtype).removeprefix("torch.")
+        file = loader.index.tensor_paths[name]
+        alike = name in base and (base[name].shape, base[name].dtype) == (shape, spelled)
+        tensors[name] = base[name] if alike else StoredTensor(name, shape, spelled, file)
+    return tensors

@@ -18,6 +18,7 @@ from mergekit_monosoup.checkpoint.dequantised import has_scales
 from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.checkpoint.lineage import SAMPLED_TENSORS, BaseWatch, check_base
 from mergekit_monosoup.errors import InputError
+from mergekit_monosoup.lora.exact import same_base
 from mergekit_monosoup.merging.architecture import fitting_architecture
 from mergekit_monosoup.merging.layout import Layout, plan_layout
 from mergekit_monosoup.merging.opened import described_by, finetuned_models, open_with_common_names
@@ -98,6 +99,8 @@ def check_bases(config: MergeConfiguration, checkpoints: Mapping[ModelReference,
     """
     base = config.base_model
     for model in finetuned_models(config) if base is not None else ():
+        if model.lora is not None and same_base(model, base):
+            continue
         message = _base_message(base, model, checkpoints)
         if message is not None:
             raise InputError(f"{message}, or pass --force-base to merge all the same")

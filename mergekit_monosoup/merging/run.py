@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from mergekit_monosoup.alignment.soup_decision import SoupDecision
 from mergekit_monosoup.checkpoint.output import FULL, full_disk
 from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
 from mergekit_monosoup.errors import ConfigurationError, InputError, InterruptedMerge
-from mergekit_monosoup.lora.cache import prepare_lora_cache
+from mergekit_monosoup.merging.adapters import MERGED_ADAPTERS, adapters_opened, stored_model
 from mergekit_monosoup.merging.card import write_card
 from mergekit_monosoup.merging.files import check_fits, files_model, source_of, tensors_in, write_beside
 from mergekit_monosoup.merging.fingerprint import check_unchanged, fingerprint, stamps
@@ -35,6 +36,7 @@ from mergekit_monosoup.merging.writer import PickleWriter, Writer
 from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
 from mergekit_monosoup.report.recorder import Recorder
 from mergekit_monosoup.report.schema import TensorRecord
+from mergekit_monosoup.report.table import remark
 
 if TYPE_CHECKING:
     from mergekit_monosoup.merging.on_ray import RayOptions
@@ -149,6 +151,7 @@ class Run:
         self._journal: Journal | None = None
         self._recorder: Recorder | None = None
         self._bar: Progress | None = None
+        self._adapters = ExitStack()
         self.has_results = resumed
 
     def prepare(self, force_base: bool) -> None:
@@ -156,10 +159,11 @@ class Run:
         config, options = self._config, self._options
         # First: a name that is wrong must not show when all is computed.
         self._source = source_of(files_model(config, self._files_from), options, config.base_model)
-        prepare_lora_cache(config, options)
+        copies = self._folder.root / MERGED_ADAPTERS
+        self._adapters.enter_context(adapters_opened(config, options, copies))
         host.open_models(config.referenced_models(), options)
         for model in config.referenced_models() if self._ours else ():
-            refuse_quantized_checkpoint(model)
+            refuse_quantized_checkpoint(stored_model(model))
         if self._ours and not force_base:
             check_bases(config, open_with_common_names(config, as_stored=options.allow_crimes))
         self._prepared = Prepared.of(config, options, [self._take])
@@ -239,8 +243,11 @@ class Run:
         for record in modules:
             self._recorder.add(record)
         self._recorder.close()
+        records = self._recorder.records if self._ours else []
+        note = remark(records)
+        if note is not None:
+            LOG.warning("%s", note)
         if options.write_model_card:
-            records = self._recorder.records if self._ours else []
             write_card(
                 self._recipe,
                 path,
@@ -259,6 +266,7 @@ class Run:
             self._recorder.abort()
         if self._journal is not None:
             self._journal.close()
+        self._adapters.close()
 
     def _sync(self) -> None:
         self._writer.sync()
@@ -320,7 +328,9 @@ def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, run_option
             overwrite=run_options.overwrite,
             allow_crimes=options.allow_crimes,
             truncate_embeddings=options.unsafe_truncate_embeddings,
-            lora_cache=options.lora_merge_cache is not None,
+            # The folder itself says what is left in it, once it is locked.
+            resume=True,
+            force_base=run_options.force_base,
             costs=False,
         ),
     )

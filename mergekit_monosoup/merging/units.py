@@ -23,6 +23,7 @@ from mergekit_monosoup import host
 from mergekit_monosoup.checkpoint.float8 import DEQUANTISED, FLOAT8
 from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.errors import InputError, OutputError
+from mergekit_monosoup.merging.adapters import with_adapters
 from mergekit_monosoup.merging.opened import open_with_common_names
 from mergekit_monosoup.merging.rewriting import Rewriter
 from mergekit_monosoup.methods.contract import MERGE, UpdateMethod
@@ -97,7 +98,7 @@ def plan_units(
         like = shapes.of(made.task) if made is not None else None
         if made is None or like is None:
             continue
-        task, passed_on = made.task, made.passed_on
+        task, passed_on = with_adapters(made.task, merge), made.passed_on
         dtype = made.dtype or like.dtype
         if isinstance(entry.task, ExecuteMergeMethodTask):
             if not like.is_floating_point() and passed_on is None:

@@ -230,7 +230,7 @@ def _folders(group: TensorGroup) -> list[tuple[str, Literal["base", "finetuned"]
 
 
 def checkpoint_folder(model: object) -> Path | None:
-    """Return where mergekit has a checkpoint's files, None where it has not opened it."""
+    """Return where a checkpoint's files are, or those of the adapter on it; None where it is not open."""
     # Imported here: both bring transformers, which a mere registration must not.
     from mergekit.common import ModelReference
     from mergekit.io.tasks import LoaderCache
@@ -238,4 +238,7 @@ def checkpoint_folder(model: object) -> Path | None:
     if not isinstance(model, ModelReference):
         return None
     loader = LoaderCache.loaders.get(model)
-    return None if loader is None else Path(loader.index.base_path)
+    if loader is None:
+        return None
+    adapter: Path | None = getattr(getattr(loader, "stored", loader), "folder", None)
+    return adapter or Path(loader.index.base_path)

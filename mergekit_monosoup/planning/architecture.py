@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_monosoup.checkpoint.classes import architecture_name
+from mergekit_monosoup.checkpoint.documents import MOST_LAYERS, first_line
 from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.checkpoint.layout import Weight
 from mergekit_monosoup.errors import InputError
@@ -108,12 +109,15 @@ def _config_number(checkpoint: Checkpoint, key: str) -> int:
 
         try:
             value = AutoConfig.for_model(**checkpoint.config)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"config.json of {checkpoint.name} cannot be read: {error}") from error
+        except Exception as error:
+            message = f"config.json of {checkpoint.name} cannot be read: {first_line(error)}"
+            raise InputError(message) from error
         for part in key.split("."):
             value = getattr(value, part, None)
     if not isinstance(value, int):
         raise InputError(f"config.json of {checkpoint.name} does not say how many layers there are ({key})")
+    if not 0 <= value <= MOST_LAYERS:
+        raise InputError(f"config.json of {checkpoint.name} says that there are {value} layers ({key})")
     return value
 
 
@@ -156,9 +160,9 @@ def inferred_architecture(models: Sequence[Checkpoint], base: Checkpoint | None)
             info = infer_architecture_info(
                 tuple(references.values()), references[base.name] if base else None, MergeOptions()
             )
-    except (RuntimeError, TypeError, ValueError, OSError, KeyError, AttributeError) as error:
+    except Exception as error:
         raise UnknownArchitectureError(
-            f"mergekit cannot tell the tensors of {models[0].name}: {error}"
+            f"mergekit cannot tell the tensors of {models[0].name}: {first_line(error)}"
         ) from error
     modules = {}
     for key, definition in info.modules.items():

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from mergekit_monosoup.planning.problems import short
 from mergekit_monosoup.report.versions import installed_version
 
 _KINDS: dict[str, TypeAdapter[Any]] = {
@@ -40,7 +41,7 @@ class Parameter(BaseModel, frozen=True, extra="forbid"):
 
     def refuse(self, value: Any) -> str | None:
         """Return why one scalar is not a value of this parameter, None where it is."""
-        message = f"parameter {self.name!r} is {value!r}; it must be {self.allowed}"
+        message = f"parameter {self.name!r} is {short(value)}; it must be {self.allowed}"
         if self.choices:
             return None if value in self.choices else message
         # pydantic reads true as 1.0; our methods refuse it, and `finite` marks theirs.
@@ -82,14 +83,13 @@ def parse_catalogue(data: dict[str, Any]) -> dict[str, Method]:
     return methods
 
 
-def find_method(name: str) -> tuple[Method | None, tuple[str, ...]]:
-    """Return a method and the names of all methods; None where there is no such method."""
+def read_methods(name: str) -> dict[str, Method]:
+    """Return all methods by name, as the catalogue has them or, where `name` is not in it, the registry."""
     data = json.loads(resources.files(__package__).joinpath("catalogue.json").read_text("utf-8"))
     if data["mergekit"] == installed_version("mergekit"):
         methods = parse_catalogue(data)
         if name in methods:
-            return methods[name], tuple(methods)
+            return methods
     from mergekit_monosoup.planning.catalogue_source import described
 
-    methods = parse_catalogue(described())
-    return methods.get(name), tuple(methods)
+    return parse_catalogue(described())

@@ -19,7 +19,7 @@ from mergekit_monosoup.planning.architecture import (
 from mergekit_monosoup.planning.catalogue import Method
 from mergekit_monosoup.planning.models import parse_reference
 from mergekit_monosoup.planning.planned import OutputSlice, PlannedTensor, Source
-from mergekit_monosoup.planning.problems import Problems, nearest
+from mergekit_monosoup.planning.problems import Problems, nearest, short
 from mergekit_monosoup.planning.recipe import Recipe, model_uses
 from mergekit_monosoup.planning.tensors import TensorPlanner
 
@@ -91,8 +91,9 @@ def _report_lost(lost: Mapping[str, Sequence[str]], problems: Problems) -> None:
     for name, tensors in lost.items():
         if tensors:
             listed = ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
+            count = "1 tensor" if len(tensors) == 1 else f"{len(tensors)} tensors"
             problems.warning(
-                f"{len(tensors)} tensors of {name} will not be in the output ({listed}): neither "
+                f"{count} of {name} will not be in the output ({listed}): neither "
                 "mergekit's definition of the architecture nor the layers chosen have them"
             )
 
@@ -118,7 +119,7 @@ def _plan_by_name(
         problems.warning(note)
     if reason is not None and not (layout is not None and layout.notes):
         how = (
-            "`mergekit-monosoup merge` takes the tensors by their names in the files instead"
+            "tensors are taken by their names in the files instead"
             if layout is not None
             else "this plan goes by the names in the headers, and the merge may fail"
         )
@@ -170,6 +171,9 @@ def _architecture(
     known = json_architecture(first)
     if known is not None:
         return known
+    if any(checkpoint.renamed for checkpoint in models.values()):
+        # mergekit would infer from the names in the files.
+        return None
     if all(checkpoint.folder is not None for checkpoint in models.values()):
         return inferred_architecture(list(models.values()), _base(recipe, models))
     problems.warning(
@@ -203,7 +207,7 @@ def _plan_modules(
     for name, definition in modules.items():
         if name not in architecture.modules:
             problems.error(
-                f"{architecture.name} has no module {name!r}{nearest(name, architecture.modules)}",
+                f"{architecture.name} has no module {short(name)}{nearest(name, architecture.modules)}",
                 recipe.line("modules", name),
             )
             continue
@@ -242,13 +246,16 @@ def _slices(
         own = output.get("base_model")
         slice_base = models.get(str(parse_reference(own))) if own is not None else base
         sources = []
+        beyond: dict[tuple[int, int], str] = {}
         for entry in output["sources"]:
             checkpoint = models[str(parse_reference(entry["model"]))]
             first, end = entry["layer_range"]
             layers = module.layers(checkpoint) if module is not None else end
             if end > layers:
-                problems.error(f"layer_range [{first}, {end}) of {checkpoint.name}, which has {layers}", line)
+                beyond.setdefault((end, layers), f"layer_range [{first}, {end}) of {checkpoint.name}")
             sources.append(Source(checkpoint, first, end, entry.get("parameters")))
+        for (_, layers), text in beyond.items():
+            problems.error(f"{text}, which has {layers} layers", line)
         if slice_base is not None and all(source.checkpoint is not slice_base for source in sources):
             problems.error(
                 f"base_model {slice_base.name} is not among the sources of this slice; list it there with "

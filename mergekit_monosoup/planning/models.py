@@ -11,10 +11,16 @@ from typing import Any
 from mergekit_monosoup.checkpoint.headers import Checkpoint, is_local, read_folder
 from mergekit_monosoup.checkpoint.hub import read_hub
 from mergekit_monosoup.errors import ConfigurationError, InputError
-from mergekit_monosoup.planning.problems import Problems
+from mergekit_monosoup.planning.adapters import touched_tensors
+from mergekit_monosoup.planning.problems import Problems, short
 from mergekit_monosoup.planning.recipe import Recipe, model_uses
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+_LONGEST = 1000
+_ADDRESS = re.compile(
+    r"(https?|hf)://(([\w.-]*\.)?(huggingface\.co|hf\.co|hf-mirror\.com)/(models/)?)?", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -38,21 +44,39 @@ def parse_reference(value: Any) -> Reference:
         ConfigurationError: not a name that mergekit could read.
     """
     if isinstance(value, dict):
-        model = value.get("model")
-        inner = parse_reference(model) if isinstance(model, str) else None
-        if isinstance(model, dict) and isinstance(model.get("path"), str):
-            inner = Reference(model["path"], model.get("revision"))
-        if inner is not None:
-            lora = value.get("lora")
-            lora = lora.get("path") if isinstance(lora, dict) else lora
-            return replace(inner, adapter=lora, override=value.get("override_architecture"))
+        model, lora, override = (value.get(key) for key in ("model", "lora", "override_architecture"))
+        parts = [_path(model), _path(lora), override]
+        if parts[0] and all(part is None or isinstance(part, str) for part in parts):
+            return replace(parse_reference(parts[0]), adapter=parts[1], override=override)
     if not isinstance(value, str) or not value:
-        raise ConfigurationError(f"{value!r} does not name a model; write a folder or a Hub id")
+        raise ConfigurationError(f"{short(value)} does not name a model; write a folder or a Hub id")
+    if len(value) > _LONGEST:
+        count = len(value)
+        raise ConfigurationError(f"a model's name is {count} characters long; write a folder or a Hub id")
+    if address := _ADDRESS.match(value):
+        parts = [part for part in re.split(r"[/?#]", value[address.end() :]) if part]
+        revision = parts[3] if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve", "commit") else None
+        hub = address[2] or address[1].lower() == "hf"
+        known = "/".join(parts[:2]) + (f"@{revision}" if revision else "")
+        raise ConfigurationError(
+            f"{short(value)} is an address; write the id of the model"
+            + (f": {known}" if hub and _HUB_ID.fullmatch("/".join(parts[:2])) else " (user/name)")
+        )
     parts = value.split("+")
     if len(parts) > 2 or any(part.count("@") > 1 for part in parts):
-        raise ConfigurationError(f"model {value!r} cannot be read; write path[@revision][+adapter]")
+        raise ConfigurationError(f"model {short(value)} cannot be read; write path[@revision][+adapter]")
     path, _, revision = parts[0].partition("@")
     return Reference(path, revision or None, parts[1] if len(parts) == 2 else None)
+
+
+def _path(value: Any) -> Any:
+    """Return a path in mergekit's short form where it is in the long one; other values as they are."""
+    if not isinstance(value, dict):
+        return value
+    path, revision = value.get("path"), value.get("revision")
+    if not isinstance(path, str) or not isinstance(revision, (str, type(None))):
+        return value
+    return f"{path}@{revision}" if revision else path
 
 
 def read_models(recipe: Recipe, problems: Problems) -> dict[str, Checkpoint]:
@@ -103,8 +127,9 @@ def read_model(reference: Reference) -> Checkpoint:
         config = {**checkpoint.config, "architectures": [reference.override]}
         checkpoint = replace(checkpoint, config=config)
     if reference.adapter:
-        checkpoint = replace(checkpoint, adapter=reference.adapter)
         _check_adapter(reference.adapter)
+        touched = touched_tensors(name, reference.adapter, checkpoint)
+        checkpoint = replace(checkpoint, adapter=reference.adapter, touched=touched)
     return checkpoint
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from mergekit_monosoup.errors import ConfigurationError
-from mergekit_monosoup.planning.problems import Problems, nearest
+from mergekit_monosoup.planning.plain_yaml import load_yaml
+from mergekit_monosoup.planning.problems import Problems, nearest, short
 
 Path = tuple[str | int, ...]
 
@@ -67,17 +68,9 @@ def read_recipe(text: str, problems: Problems) -> Recipe:
     """Parse a recipe and note keys that are given twice.
 
     Raises:
-        ConfigurationError: not YAML, or not a single mapping.
+        ConfigurationError: not YAML, not a single mapping, or not meant to be read at all.
     """
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.composer.ComposerError as error:
-        if "single document" not in str(error):
-            raise ConfigurationError(f"the recipe is not valid YAML: {error}") from error
-        node = data = None
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"the recipe is not valid YAML: {error}") from error
+    node, data = load_yaml(text)
     if not isinstance(data, dict) or not isinstance(node, yaml.MappingNode):
         raise ConfigurationError(
             "the recipe is not a mapping of keys such as merge_method: and models:; recipes with "
@@ -86,7 +79,7 @@ def read_recipe(text: str, problems: Problems) -> Recipe:
     lines: dict[Path, int] = {}
     for path, line in _marks(node, ()):
         if path in lines:
-            problems.error(f"{path[-1]!r} is given twice; only the last one counts", line)
+            problems.error(f"{short(path[-1])} is given twice; only the last one counts", line)
         lines[path] = line
     return Recipe(text, data, lines)
 
@@ -121,11 +114,13 @@ def check_shape(recipe: Recipe, problems: Problems) -> None:
         value = data.get(key)
         if value is not None and str(value).removeprefix("torch.") not in DTYPES:
             problems.error(
-                f"{key} is {value!r}; it must be one of {', '.join(sorted(DTYPES))}", recipe.line(key)
+                f"{key} is {short(value)}; it must be one of {', '.join(sorted(DTYPES))}", recipe.line(key)
             )
     if isinstance(data.get("tokenizer"), dict):
         _check_keys(recipe, data["tokenizer"], ("tokenizer",), TOKENIZER_KEYS, problems)
     _check_outputs(recipe, data, (), problems)
+    if not isinstance(data.get("modules"), (dict, type(None))):
+        problems.error("modules must be a mapping of module names", recipe.line("modules"))
     for name, module in _mapping(data.get("modules")).items():
         path = ("modules", name)
         if _check_keys(recipe, module, path, MODULE_KEYS, problems):
@@ -146,7 +141,7 @@ def _check_outputs(recipe: Recipe, owner: Mapping[str, Any], path: Path, problem
                 bounds = source.get("layer_range")
                 if not _is_range(bounds):
                     problems.error(
-                        f"layer_range is {bounds!r}; it must be two layer numbers [first, end) with "
+                        f"layer_range is {short(bounds)}; it must be two layer numbers [first, end) with "
                         "0 <= first < end",
                         recipe.line(*where, "layer_range"),
                     )
@@ -173,13 +168,13 @@ def _check_keys(recipe: Recipe, value: Any, path: Path, known: frozenset[str], p
     place = ".".join(str(p) for p in path if isinstance(p, str)) or "the recipe"
     if not isinstance(value, dict):
         keys = ", ".join(sorted(known))
-        problems.error(f"{place} holds {value!r} where keys ({keys}) belong", recipe.line(*path))
+        problems.error(f"{place} holds {short(value)} where keys ({keys}) belong", recipe.line(*path))
         return False
     for key in value:
         if key not in known:
             # `name` is what mergekit-multi calls the documents of its recipes.
             hint = " (mergekit-multi knows it)" if not path and key == "name" else nearest(str(key), known)
-            problems.error(f"unknown key {key!r} in {place}{hint}", recipe.line(*path, str(key)))
+            problems.error(f"unknown key {short(key)} in {place}{hint}", recipe.line(*path, str(key)))
     return True
 
 
@@ -191,6 +186,10 @@ def _list(recipe: Recipe, owner: Mapping[str, Any], path: Path, problems: Proble
         problems.error(f"{path[-1]} must be a list; begin each entry with '- '", recipe.line(*path))
         return []
     return value
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -215,7 +214,7 @@ def model_uses(recipe: Recipe) -> Iterator[ModelUse]:
     owners += [(("modules", name), _mapping(m)) for name, m in _mapping(data.get("modules")).items()]
     for path, owner in owners:
         yield from _entries(owner.get("models"), (*path, "models"))
-        for index, output in enumerate(owner.get("slices") or []):
+        for index, output in enumerate(_items(owner.get("slices"))):
             below = (*path, "slices", index)
             if isinstance(output, dict):
                 if output.get("base_model") is not None:
@@ -224,7 +223,7 @@ def model_uses(recipe: Recipe) -> Iterator[ModelUse]:
 
 
 def _entries(entries: Any, path: Path) -> Iterator[ModelUse]:
-    for index, entry in enumerate(entries if isinstance(entries, list) else []):
+    for index, entry in enumerate(_items(entries)):
         if isinstance(entry, dict) and entry.get("model") is not None:
             yield ModelUse((*path, index, "model"), entry["model"], _mapping(entry.get("parameters")))
 
@@ -240,7 +239,7 @@ def parameter_blocks(recipe: Recipe) -> Iterator[tuple[Path, Any, bool]]:
             if use.path[-1] == "model" and "modules" not in use.path:
                 entry = (*path, *use.path[:-1], "parameters")
                 yield entry, _at(owner, (*use.path[:-1], "parameters")), True
-        for index, output in enumerate(owner.get("slices") or []):
+        for index, output in enumerate(_items(owner.get("slices"))):
             if isinstance(output, dict):
                 yield (*path, "slices", index, "parameters"), output.get("parameters"), False
 

@@ -9,7 +9,7 @@ from typing import Any
 from mergekit_monosoup.checkpoint.headers import Checkpoint, StoredTensor, bytes_per_entry
 from mergekit_monosoup.checkpoint.layout import Weight
 from mergekit_monosoup.checkpoint.naming import gradient_positions, weight_names
-from mergekit_monosoup.checkpoint.storage import promoted_dtype, refused_storage, wide_tensors
+from mergekit_monosoup.checkpoint.storage import promoted_dtype, wide_tensors
 from mergekit_monosoup.checkpoint.vocabulary import rows_kept
 from mergekit_monosoup.errors import ParameterError
 from mergekit_monosoup.planning.architecture import Architecture
@@ -45,6 +45,7 @@ class TensorPlanner:
         self.asked: dict[str, list[Weight]] = {}
         self.lacking = False
         self._by_class: dict[str, Mapping[str, str]] = {}
+        self.misshapen = ""
         self._used: dict[str, set[str]] = {}
 
     def plan_module(
@@ -163,6 +164,9 @@ class TensorPlanner:
         for name in (weight.name, *weight.aliases, *weight.tied_names):
             if name in checkpoint.tensors:
                 return checkpoint.tensors[name]
+        # Not for what may be absent: nearly every plan asks for some such tensor.
+        if weight.optional or not checkpoint.tensors:
+            return None
         stored = self._renamed(checkpoint).get(weight.name)
         return checkpoint.tensors[stored] if stored is not None else None
 
@@ -190,15 +194,13 @@ class TensorPlanner:
         if out.optional and (part.base is not None or not self.method.ours):
             return bool(found)
         if not out.optional and _converted(lacking, out):
-            self.problems.warning(
-                f"tensor {out.name} of {lacking.name} is converted as it is loaded; its shape is not checked"
-            )
+            message = f"converted as {lacking.name} is loaded, so shapes are not checked"
+            self.problems.about(out.name, message, severity="warning")
             return bool(found)
         self.lacking = True
         role = " (the base)" if lacking is part.base else ""
-        self.problems.error(
-            f"tensor {out.name} is missing in {lacking.name}{role}; use checkpoints of the same architecture",
-            part.line,
+        self.problems.about(
+            out.name, f"missing in {lacking.name}{role}; use checkpoints of the same architecture", part.line
         )
         return False
 
@@ -218,7 +220,10 @@ class TensorPlanner:
         listed = ", ".join(f"{source.checkpoint.name} {list(stored.shape)}" for source, stored in found)
         rest = {shape[:axis] + shape[axis + 1 :] for shape in shapes} if axis is not None else shapes
         if axis is None or len(rest) > 1:
-            self.problems.error(f"tensor {out.name} has different shapes: {listed}", part.line)
+            # Those of the first stand for all.
+            self.misshapen = self.misshapen or listed
+            message = f"different shapes ({self.misshapen}); use checkpoints of the same architecture"
+            self.problems.about(out.name, message, part.line)
             return None
         if self.truncate_embeddings:
             return min(shapes, key=lambda shape: shape[axis])
@@ -240,11 +245,6 @@ class TensorPlanner:
         shape: tuple[int, ...],
     ) -> None:
         data = self.recipe.data
-        for source, stored in found:
-            refusal = refused_storage(source.checkpoint, stored) if self.method.ours else None
-            if refusal is not None:
-                self.problems.error(refusal, part.line)
-                return
         dtypes = {stored.dtype for _, stored in found}
         forced = out.force_dtype or ("float32" if self._layout(found, part).name in self.wide else None)
         loaded = forced or data.get("dtype")
@@ -310,14 +310,22 @@ class TensorPlanner:
         except ParameterError as error:
             self.problems.error(str(error), self.recipe.line("parameters", "split"))
             return "edited", ""
-        # What an adapter touches is told by its own files, and the merge's.
-        where = "where an adapter touches it" if all(s.checkpoint.adapter for s in tuned) else ""
+        where = ""
+        if all(source.checkpoint.adapter for source in tuned):
+            if not any(_touches(source, stored) for source, stored in found if source in tuned):
+                return rest, "no adapter touches it"
+            where = "where the adapter touches it" if any(s.checkpoint.touched is None for s in tuned) else ""
         return "edited", "; ".join(filter(None, (rule, where, why)))
 
     def _view(
         self, name: str, shape: tuple[int, ...], blocks: list[Mapping[str, Any] | None], t: float
     ) -> MatrixView:
         return choose_view(shape, name, resolve("matrix", blocks, name, t) or "auto")
+
+
+def _touches(source: Source, stored: StoredTensor) -> bool:
+    touched = source.checkpoint.touched
+    return touched is None or stored.name in touched
 
 
 def _is_false(value: Any) -> bool:

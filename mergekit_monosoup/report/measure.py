@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.report.rounding import storage_dtype, storage_noise
-from mergekit_monosoup.report.schema import Action, TensorRecord
+from mergekit_monosoup.report.schema import ZERO_UPDATE, Action, TensorRecord
 from mergekit_monosoup.spectral.record import EditRecord
 
 # Entries that are widened at a time: on a processor, few enough for its cache.
@@ -67,7 +67,7 @@ def tensor_record(
     if update_norm is None:
         update_norm = edit.norm if edit is not None else _update_norm(base, others, weights)
     if edit is not None and not edit.matrices and not reason:
-        reason = "zero update"
+        reason = ZERO_UPDATE
     base_norm = frobenius_norm(base)
     stored = [storage_dtype(t) for t in (base, *others)]
     fields: dict[str, Any] = {

@@ -11,6 +11,8 @@ SCHEMA_VERSION = "1"
 
 Action = Literal["edited", "averaged", "kept", "copied"]
 ACTIONS: tuple[Action, ...] = ("edited", "averaged", "kept", "copied")
+# The reason of an edit that had nothing to edit.
+ZERO_UPDATE = "zero update"
 
 
 def _finite_or_none(value: Any) -> Any:

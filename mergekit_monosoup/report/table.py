@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from mergekit_monosoup.errors import ParameterError
-from mergekit_monosoup.report.schema import TensorRecord
+from mergekit_monosoup.report.schema import ACTIONS, ZERO_UPDATE, TensorRecord
 
 # Column -> (heading, how a value is written).
 _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -66,6 +67,11 @@ def natural_key(name: str) -> tuple[object, ...]:
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name))
 
 
+def field_of(name: str) -> str:
+    """Return the field of a record that a name stands for: its own, or the heading of its column."""
+    return next((field for field, (heading, _) in _COLUMNS.items() if name == heading), name)
+
+
 def sorted_records(
     records: Sequence[TensorRecord], by: str, *, descending: bool = False
 ) -> list[TensorRecord]:
@@ -74,6 +80,7 @@ def sorted_records(
     Raises:
         ParameterError: no such field.
     """
+    by = field_of(by)
     if by not in SORTABLE:
         raise ParameterError(f"cannot sort by {by!r}; choose from {', '.join(SORTABLE)}")
     named = sorted(records, key=lambda r: natural_key(r.tensor), reverse=descending and by == "tensor")
@@ -106,6 +113,7 @@ def condition(text: str) -> Callable[[TensorRecord], bool]:
     if match is None:
         return lambda record: text in record.tensor
     name, sign, value = match.groups()
+    name = field_of(name)
     if name not in SORTABLE:
         raise ParameterError(f"cannot filter by {name!r}; choose from {', '.join(SORTABLE)}")
     number: float | None
@@ -133,10 +141,17 @@ def records_table(records: Sequence[TensorRecord], columns: Sequence[str] = DEFA
     Raises:
         ParameterError: no such column.
     """
+    columns = [field_of(name) for name in columns]
     for name in columns:
-        if name not in _COLUMNS:
-            raise ParameterError(f"no column {name!r}; choose from {', '.join(_COLUMNS)}")
-    shown = [name for name in columns if any(getattr(r, name) not in (None, "") for r in records)]
+        if name not in _COLUMNS and name != "tensor":
+            known = ", ".join(("tensor", *_COLUMNS))
+            raise ParameterError(f"no column {name!r}; choose from {known}, or the headings of the table")
+    # Every row begins with its tensor.
+    shown = [
+        name
+        for name in columns
+        if name != "tensor" and any(getattr(r, name) not in (None, "") for r in records)
+    ]
     rows = [
         [r.tensor, *("-" if (v := getattr(r, c)) is None else _COLUMNS[c][1](v) for c in shown)]
         for r in records
@@ -146,11 +161,26 @@ def records_table(records: Sequence[TensorRecord], columns: Sequence[str] = DEFA
 
 def summary(records: Sequence[TensorRecord]) -> str:
     """Return the totals of a report in a line."""
-    counts = {action: sum(r.action == action for r in records) for action in ("edited", "averaged", "kept")}
-    counts["copied"] = len(records) - sum(counts.values())
+    counts = Counter("without update" if r.reason == ZERO_UPDATE else r.action for r in records)
     seconds = sum(r.seconds or 0 for r in records)
-    listed = ", ".join(f"{count} {action}" for action, count in counts.items() if count)
+    listed = ", ".join(f"{counts[what]} {what}" for what in (*ACTIONS, "without update") if counts[what])
     return f"{len(records)} tensors: {listed or 'none'}; {seconds:.1f} s"
+
+
+def remark(records: Sequence[TensorRecord]) -> str | None:
+    """Return what a user should know where no edit changes anything, None where one does."""
+    spectra = [r for r in records if r.action == "edited"]
+    moved = [r for r in spectra if r.reason != ZERO_UPDATE]
+    if spectra and not moved:
+        return (
+            "the fine-tuned model holds the values of its base: every update is zero, and nothing was edited"
+        )
+    if moved and all(r.lambda_high == 1 and r.cos_alpha == 0 for r in moved):
+        return (
+            "the split keeps all directions of every update (k = r), so nothing was changed; a lower energy "
+            "threshold divides them, such as energy: 0.8"
+        )
+    return None
 
 
 def comparison_table(
@@ -161,6 +191,7 @@ def comparison_table(
     Raises:
         ParameterError: no such field.
     """
+    field = field_of(field)
     if field not in COMPARABLE:
         raise ParameterError(f"cannot compare by {field!r}; choose from {', '.join(COMPARABLE)}")
     one, two = ({r.tensor: r for r in records} for records in (first, second))
