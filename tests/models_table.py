@@ -1,7 +1,7 @@
-"""Write the table of model families in docs/models.md from what the tests check.
+"""Write the tables of docs/models.md from what the tests check and what the code goes by.
 
-Run `python tests/models_table.py` after changing tests/families.py; test_models_table.py fails
-where the two differ.
+Run `python tests/models_table.py` after changing tests/families.py or the kinds of files in
+checkpoint/companions.py; test_models_table.py fails where the page differs from them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from pathlib import Path
 
 from families import FAMILIES, Family
 
+from mergekit_monosoup.checkpoint.companions import CONFIGURATION, LEFT_BEHIND, OTHER, TAKEN, Kind
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+SHOWN = 9
 STOCK = {"complete": "yes", "refuses": "refuses", "loses": "loses {} tensors, named in a warning"}
 
 
@@ -22,17 +24,39 @@ def row(family: Family) -> str:
     return f"| {family.name} | `{cls}` | {stock} | yes | {family.note} |"
 
 
-def table() -> str:
-    """The whole table."""
+def families() -> str:
+    """The table of model families."""
     head = "| family | class | `mergekit-yaml` | `mergekit-monosoup merge` | note |\n|---|---|---|---|---|\n"
     return head + "\n".join(row(family) for family in FAMILIES)
 
 
+def kind_row(kind: Kind, *, taken: bool) -> str:
+    """One kind of file as a line of the table."""
+    names = [f"`{pattern}`" for pattern in kind.patterns if pattern != "*"]
+    more = " and others" if len(names) > SHOWN else ""
+    where = kind.why if taken else f"left behind: {kind.why}"
+    return f"| {kind.what} | {', '.join(names[:SHOWN])}{more} | {where} |"
+
+
+def files() -> str:
+    """The table of the files beside the weights."""
+    lines = ["| kind of file | names | where it comes from |", "|---|---|---|"]
+    lines += [kind_row(kind, taken=True) for kind in (CONFIGURATION, *TAKEN, OTHER)]
+    lines += [kind_row(kind, taken=False) for kind in LEFT_BEHIND]
+    return "\n".join(lines)
+
+
+TABLES = {"families": families, "files": files}
+
+
 def page(text: str) -> str:
-    """The page with its table replaced."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    """The page with its tables replaced."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = f"{before}{begin}\n{table()}\n{end}{after}"
+    return text
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -369,5 +370,34 @@ def test_a_model_on_the_hub(tmp_path, pair):
         assert card.data.license == "mit"
         assert "[org/tuned](https://huggingface.co/org/tuned)" in card.content
         # Off the network, the cache serves.
-        run([*command[:-1], "--overwrite", "--quiet"], tmp_path, environment | {"HF_HUB_OFFLINE": "1"})
-        assert_brought(tuned, tmp_path / "out", "chat_template.jinja", "own.py")
+        program = (
+            "from mergekit_monosoup.checkpoint.hub import fetch_companions as f; print(f('org/tuned', None))"
+        )
+        offline = run([sys.executable, "-c", program], tmp_path, environment | {"HF_HUB_OFFLINE": "1"})
+        assert (Path(offline.stdout.splitlines()[-1]) / "chat_template.jinja").is_file()
+
+
+def test_a_classifier_over_a_plain_base(tmp_path):
+    """Architecture, labels and head are those of the fine-tuned model, whatever the base's class is."""
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_labels=3,
+        id2label={0: "no", 1: "yes", 2: "perhaps"},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification(config).eval()
+    base = write_checkpoint(tmp_path / "base", model.bert, torch.float32)
+    tuned = write_checkpoint(tmp_path / "tuned", fine_tune(model, seed=1), torch.float32)
+    out = our_merge(tmp_path, recipe(base, tuned))
+    assert read_json(out / "config.json") == read_json(tuned / "config.json")
+    loaded, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        out, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.config.id2label[2] == "perhaps"
+    assert torch.equal(loaded.classifier.weight, load_tensors(tuned)["classifier.weight"])

@@ -34,19 +34,26 @@ def test_the_options_of_the_page_exist():
         assert function.__name__ in text
 
 
-def test_the_python_examples_run():
+def test_the_python_examples_run(tmp_path):
     """Each example of the page, with small models in the place of files."""
     import torch
     from recorded import fine_tuned, state_dict
+    from safetensors.torch import save_file
 
     examples = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     assert examples
     base = state_dict("timm_resnet")
+    for name in ("merged", "finetuned"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        save_file({"head.weight": torch.ones(2, 2)}, tmp_path / name / "model.safetensors")
     for example in examples:
         names = {
             "base": dict(base),
             "finetuned": fine_tuned(base),
             "base_model": torch.nn.Linear(8, 8),
             "model": torch.nn.Linear(8, 8),
+            "merged_folder": tmp_path / "merged",
+            "finetuned_folder": tmp_path / "finetuned",
         }
         exec(compile(example, str(PAGE), "exec"), names)

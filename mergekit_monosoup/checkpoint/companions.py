@@ -73,7 +73,7 @@ LEFT_BEHIND = (
     ),
     Kind(
         "model card",
-        ("readme.md",),
+        ("README.md",),
         "the card is that of the merge; licence and languages carry over",
     ),
     Kind(
@@ -162,16 +162,16 @@ def _matches(name: str, kind: Kind) -> bool:
     *folders, file = PurePosixPath(name.lower()).parts
     for pattern in kind.patterns:
         if pattern.endswith("/"):
-            if any(fnmatch.fnmatchcase(folder, pattern[:-1]) for folder in folders):
+            if any(fnmatch.fnmatchcase(folder, pattern[:-1].lower()) for folder in folders):
                 return True
-        elif fnmatch.fnmatchcase(file, pattern):
+        elif fnmatch.fnmatchcase(file, pattern.lower()):
             return True
     return False
 
 
 def patterns_left_behind() -> list[str]:
     """Return glob patterns of what is left behind, in the form in which the Hub's client takes them."""
-    found = ["README.md"]
+    found = []
     for pattern in (pattern for kind in LEFT_BEHIND for pattern in kind.patterns):
         plain = f"{pattern}*" if pattern.endswith("/") else pattern
         found += [plain, f"*/{plain}"]

@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 from mergekit_monosoup.checkpoint.companions import companions, is_tokenizer
 from mergekit_monosoup.checkpoint.headers import read_config, read_folder
 from mergekit_monosoup.checkpoint.hub import read_hub
+from mergekit_monosoup.errors import InputError
 from mergekit_monosoup.merging.files import (
     bring_files,
     check_fits,
@@ -53,6 +54,8 @@ def complete(folder: str | Path, source: str | Path) -> list[str]:
     written = read_folder(str(folder), out, with_config=False).tensors
     reference = reference_to(str(source))
     found = source_of(reference, options)
+    if found.folder.resolve() == out.resolve():
+        raise InputError(f"{folder} is the merged model itself; name the fine-tuned model of the merge")
     before = tensors_in(found.folder)
     if not before and not Path(reference.model.path).is_dir():
         before = read_hub(reference.model.path, reference.model.path, reference.model.revision).tensors

@@ -127,7 +127,8 @@ def write_beside(
         tokenizer: what the recipe's own `tokenizer:` has made.
         described_by: folder of the checkpoint whose config.json describes the result, where it is another.
     """
-    bring_files(source, out, own_tokenizer=tokenizer is not None, copy_tokenizer=options.copy_tokenizer)
+    own = tokenizer is not None
+    brought = bring_files(source, out, own_tokenizer=own, copy_tokenizer=options.copy_tokenizer)
     keys = [module.architecture.num_layers_config_key() for module in arch.modules.values()]
     layers = layer_sources(config, dict(zip(arch.modules, keys, strict=True)))
     described = described_by or source.folder
@@ -136,6 +137,8 @@ def write_beside(
         host.save_tokenizer(config, tokenizer, str(out))
         renumber(out, source.folder / "tokenizer.json", tokenizer)
     elif options.copy_tokenizer and (template := host.chat_template(config)) is not None:
+        if not any(map(is_tokenizer, brought)):
+            LOG.warning("the result has no tokenizer to give the recipe's chat template to")
         set_chat_template(out, template)
 
 

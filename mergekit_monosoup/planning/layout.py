@@ -202,8 +202,6 @@ def _plan_modules(
         for name in architecture.modules:
             parts = _slices(recipe, recipe.data, (), models, architecture.modules[name], problems)
             if not problems.errors:
-                _check_depth(recipe, [part for part, _ in parts], problems)
-            if not problems.errors:
                 planner.plan_module(name, [part for part, _ in parts], None)
         return
     for name, definition in modules.items():
@@ -266,22 +264,6 @@ def _slices(
             )
         parts.append((OutputSlice(tuple(sources), slice_base, output.get("parameters"), line), line))
     return parts
-
-
-def _check_depth(recipe: Recipe, parts: Sequence[OutputSlice], problems: Problems) -> None:
-    """Note a number of layers that transformers will not save: mergekit changes that number alone."""
-    if not recipe.data.get("slices") or not parts:
-        return
-    source = parts[0].base or parts[0].sources[0].checkpoint
-    types = source.config.get("layer_types")
-    count = sum(part.sources[0].end - part.sources[0].first for part in parts)
-    if isinstance(types, list) and len(types) != count:
-        problems.error(
-            f"the slices add up to {count} layers and config.json of {source.name} lists the types of "
-            f"{len(types)} (layer_types); mergekit does not adapt that list, and transformers refuses to "
-            f"save the result: choose slices of {len(types)} layers in all",
-            recipe.line("slices"),
-        )
 
 
 def _whole(checkpoint: Checkpoint, parameters: Mapping[str, Any] | None, module: Any) -> Source:
