@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from mergekit_monosoup.lora.adapter import PREFIX, Adapter, plain_name
+from mergekit_monosoup.lora.said import warn_once
 
 LOG = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def with_prefix(adapter: Adapter, model: Any) -> Mapping[str, Tensor]:
         if new + old == "." or not all(m.startswith(old) for m in named.values()):
             continue
         if all(new + m.removeprefix(old) in modules for m in named.values()):
-            LOG.warning(
+            warn_once(
+                LOG,
                 "adapter %s: names that begin with %r are read as %r, as those of the base do (%s)",
                 adapter.source,
                 PREFIX + old,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from mergekit_monosoup.errors import AdapterError
+from mergekit_monosoup.lora.said import warn_once
 
 LOG = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def plain_keys(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = {_WRAPPERS.sub("", key): tensor for key, tensor in tensors.items()}
     for prefix, rename in _PREFIXES:
         if renamed and all(key.startswith(prefix) for key in renamed):
-            LOG.warning("adapter %s: its names begin with %s; read as %s", source, prefix, PREFIX)
+            warn_once(LOG, "adapter %s: its names begin with %s; read as %s", source, prefix, PREFIX)
             renamed = {rename(key): tensor for key, tensor in renamed.items()}
     for key in renamed:
         if not key.startswith(PREFIX):
@@ -70,7 +71,7 @@ def _without_adapter_name(source: str, tensors: Mapping[str, Tensor]) -> dict[st
                 "save_pretrained"
             )
         # As peft does, which loads an adapter under this name.
-        LOG.warning("adapter %s: read as 'default' of %s", source, ", ".join(names))
+        warn_once(LOG, "adapter %s: read as 'default' of %s", source, ", ".join(names))
         others = {key for key, match in found.items() if match["name"] != "default"}
         tensors = {key: tensor for key, tensor in tensors.items() if key not in others}
     plain = {}

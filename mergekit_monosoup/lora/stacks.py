@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mergekit_monosoup.errors import AdapterError
+from mergekit_monosoup.lora.said import warn_once
 
 if TYPE_CHECKING:
     from mergekit_monosoup.lora.adapter import AdaptedModule
@@ -57,7 +58,8 @@ def with_peft_layout(
         return packed, settings
     if layout is None:
         if _by_unsloth(folder, settings):
-            LOG.warning(
+            warn_once(
+                LOG,
                 "adapter %s: trained by Unsloth and without %s; its stacked experts are read as peft packs "
                 'them. If it was trained before September 2026, add "%s": "%s" to its adapter_config.json',
                 source,
