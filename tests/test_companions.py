@@ -184,6 +184,12 @@ class TestDifference:
         found = difference(*self.pair(tmp_path, {}, dict.fromkeys(names, "{}")))
         assert found.endswith(f"and {len(names) - 4} more")
 
+    def test_an_adapter(self, tmp_path):
+        one = {"tokenizer.json": "{}", "config.json": "{}", "generation_config.json": "{}"}
+        two = {"adapter_config.json": "{}", "tokenizer.json": "{}", "chat_template.jinja": "x", "a.py": ""}
+        assert difference(*self.pair(tmp_path, one, two)) == "its own chat_template.jinja"
+        assert difference(*self.pair(tmp_path / "b", one, {"adapter_config.json": "{}"})) is None
+
     def test_what_only_the_base_has(self, tmp_path):
         one = {"tokenizer.json": "{}", "chat_template.jinja": "x"}
         assert difference(*self.pair(tmp_path, one, {"tokenizer.json": "{}"})) == "no chat_template.jinja"

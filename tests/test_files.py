@@ -248,8 +248,7 @@ class TestTokenizer:
         words.chat_template = TEMPLATE
         words.save_pretrained(adapter)
         write_files(adapter, {"README.md": "---\nlicense: mit\n---\n"})
-        options = ("--lora-merge-cache", str(tmp_path / "cache"))
-        out = our_merge(tmp_path, recipe(base, f"{base}+{adapter}"), *options)
+        out = our_merge(tmp_path, recipe(base, f"{base}+{adapter}"))
         assert_brought(adapter, out, "chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
         assert_brought(base, out, "generation_config.json", "config.json")
         assert not (out / "adapter_config.json").exists()

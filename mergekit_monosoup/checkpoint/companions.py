@@ -280,19 +280,20 @@ _INCIDENTAL = frozenset({
 def difference(base: Path, finetuned: Path) -> str | None:
     """Return in which files a fine-tuned checkpoint differs from its base, None where in none that counts.
 
-    Only names that a merge would take are looked at, of known kinds; JSON is compared by its content.
+    Only names that a merge would take are looked at, of known kinds (of an adapter those of its tokenizer);
+    JSON is compared by its content.
     """
     taken = companions(finetuned).taken
+    whole = "config.json" in taken or not (finetuned / "adapter_config.json").is_file()
+    kinds = [CONFIGURATION, *TAKEN] if whole else [TOKENIZER]
     changed = [
-        name
-        for name in taken
-        if kind_of(name)[0] is not OTHER and not _same(name, base / name, finetuned / name)
+        name for name in taken if kind_of(name)[0] in kinds and not _same(name, base / name, finetuned / name)
     ]
     # What the base alone has comes along as well, such as a template that the fine-tuned model does without.
     changed += [
         f"no {name}"
         for name in companions(base).taken
-        if kind_of(name)[0] in (TOKENIZER, GENERATION) and not (finetuned / name).exists()
+        if whole and kind_of(name)[0] in (TOKENIZER, GENERATION) and not (finetuned / name).exists()
         if any(is_tokenizer(own) for own in taken)
     ]
     if not changed:

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_monosoup.errors import ConfigurationError
@@ -179,9 +180,14 @@ def _name_lost(plan: _Plan) -> None:
 
 def _name_files(plan: _Plan) -> None:
     """Say which files of the fine-tuned checkpoint mergekit's commands will take from the base instead."""
-    folders = [checkpoint_folder(model) for model in (plan.merge.base, *plan.merge.finetuned[:1])]
-    base, finetuned = folders if len(folders) == 2 else (None, None)
-    if base is None or finetuned is None:
+    if plan.merge.base is None or not plan.merge.finetuned:
+        return
+    base, finetuned = checkpoint_folder(plan.merge.base), checkpoint_folder(plan.merge.finetuned[0])
+    adapter = getattr(plan.merge.finetuned[0], "lora", None)
+    if adapter is not None:
+        # mergekit has merged it into a folder without any of its other files.
+        finetuned = Path(adapter.path)
+    if base is None or finetuned is None or not finetuned.is_dir():
         return
     from mergekit_monosoup.checkpoint.companions import difference
 
