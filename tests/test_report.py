@@ -8,11 +8,11 @@ import logging
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from checkpoints import copy_with_tensors, load_tensors
 from click.testing import CliRunner
 from commands import ROOT, recipe, succeed, write_config
@@ -77,15 +77,18 @@ def test_header(tmp_path, family):
     out = merged(tmp_path, config, "--random-seed", "7")
     header = read_report(out).header
     assert header.method == "monosoup"
-    assert header.configuration == (tmp_path / "config0.yml").read_text()
+    # A report goes to the public with its model: folders by their names, no path.
+    assert str(tmp_path.parent) not in (out / "monosoup_report.jsonl").read_text()
+    named = {**config, "base_model": "base", "models": [{"model": "tuned1"}]}
+    assert yaml.safe_load(header.configuration) == named
     assert (header.seed, header.device) == (7, "cpu")
     assert {"python", "torch", "mergekit", "mergekit-monosoup"} <= set(header.versions)
     assert [(m.model, m.role) for m in header.inputs] == [
-        (str(models.base), "base"),
-        (str(models.tuned[0]), "finetuned"),
+        ("base", "base"),
+        ("tuned1", "finetuned"),
     ]
-    for model in header.inputs:
-        content = (Path(model.model) / "model.safetensors").read_bytes()
+    for model, folder in zip(header.inputs, (models.base, models.tuned[0]), strict=True):
+        content = (folder / "model.safetensors").read_bytes()
         entry = model.files["model.safetensors"]
         assert (entry.size, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())
 

@@ -437,3 +437,24 @@ assert found.problems == [], found.problems[:3]
     assert count == 1_000_000
     assert seconds < 30
     assert gigabytes < 2.5
+
+
+@pytest.mark.slow
+def test_tensors_are_computed_again_from_the_inputs(tmp_path, family):
+    """By the command: a whole model, and one whose report was made to fit a changed tensor."""
+    from commands import recipe, run, write_config
+    from safetensors.torch import load_file, save_file
+
+    models = family("qwen3-tied", "bf16")
+    config = write_config(tmp_path, recipe(models.base, models.tuned[0]))
+    command = [sys.executable, "-m", "mergekit_monosoup"]
+    run([*command, "merge", str(config), "out", "--quiet"], tmp_path)
+    done = run([*command, "verify", "out", "--recompute", "5"], tmp_path)
+    assert "5 computed again, to the same bytes" in done.stdout
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = {name: tensor + 1 for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "out" / "monosoup_report.jsonl").unlink()
+    done = run([*command, "verify", "out", "--recompute", "5"], tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stdout.count("is not what the inputs give when it is computed again") == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -43,3 +44,18 @@ def declared_bases(folder: Path) -> list[str]:
     declared = front_matter(folder / "README.md").get("base_model")
     listed = declared if isinstance(declared, list) else [declared]
     return [name for name in listed if isinstance(name, str) and name]
+
+
+def public_name(model: str) -> str:
+    """Return how a model is named where others read it: a Hub id as it is, a local folder without its path.
+
+    Paths may name their owner.
+    """
+    parts = [
+        part if _is_hub_id(part) else os.path.basename(os.path.abspath(part)) for part in model.split("+")
+    ]
+    return "+".join(parts)
+
+
+def _is_hub_id(name: str) -> bool:
+    return name[:1] not in ("/", ".", "~", "\\") and name.count("/") <= 1 and not os.path.exists(name)

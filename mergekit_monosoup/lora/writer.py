@@ -15,6 +15,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
+from mergekit_monosoup.checkpoint.card import public_name
 from mergekit_monosoup.checkpoint.output import refuse_occupied
 from mergekit_monosoup.lora.adapter import COMPANIONS, Adapter
 from mergekit_monosoup.lora.editing import AdapterOptions, EditedAdapter, ModuleRecord
@@ -69,7 +70,7 @@ def _provenance(adapters: Sequence[Adapter], options: AdapterOptions) -> dict[st
     return {
         "method": "monosoup",
         "paper": "https://arxiv.org/abs/2602.09689",
-        "adapters": [a.source for a in adapters],
+        "adapters": [public_name(a.source) for a in adapters],
         "options": _settings(options),
     }
 
@@ -99,8 +100,10 @@ def _described(record: ModuleRecord) -> dict[str, Any]:
 
 
 def _card(edited: EditedAdapter, adapters: Sequence[Adapter], options: AdapterOptions) -> str:
-    base = adapters[0].settings.get("base_model_name_or_path") or ""
-    sources = "\n".join(f"- {a.source}" for a in adapters)
+    base = str(adapters[0].settings.get("base_model_name_or_path") or "")
+    # A folder of this machine is no model for others.
+    base = base if base == public_name(base) else ""
+    sources = "\n".join(f"- {public_name(a.source)}" for a in adapters)
     kept = "".join(f"- {key}\n" for key in edited.kept)
     header = f"base_model: {json.dumps(base)}\n" if base else ""
     title = "Average of edited adapters" if len(adapters) > 1 else "Edited adapter"

@@ -30,6 +30,7 @@ from mergekit_monosoup.merging.modules import merge_modules
 from mergekit_monosoup.merging.opened import model_types, open_with_common_names
 from mergekit_monosoup.merging.prepared import Prepared, check_bases
 from mergekit_monosoup.merging.progress import Progress
+from mergekit_monosoup.merging.public_recipe import PublicRecipe
 from mergekit_monosoup.merging.report import merge_recorder
 from mergekit_monosoup.merging.units import Unit, by_input, is_out_of_memory, out_of_memory
 from mergekit_monosoup.merging.writer import PickleWriter, Writer
@@ -142,6 +143,7 @@ class Run:
         """Take what the run is about; nothing is read yet. See `merge_to_folder`."""
         self._recipe, self._config, self._options, self._plan = recipe, config, options, plan
         self._folder, self._resumed = folder, resumed
+        self._shown = PublicRecipe(recipe)
         self._ours = plan.method is not None and plan.method.ours
         self._report = run_options.report and self._ours
         self._ray = run_options.ray
@@ -175,7 +177,7 @@ class Run:
         self._inputs = stamps(self._prepared.models)
         layout, path = self._prepared.layout, self._folder.path
         said = fingerprint(self._recipe, options, self._inputs, layout)
-        self._recorder = merge_recorder(self._recipe, config, options, path, self._report)
+        self._recorder = merge_recorder(self._shown, config, options, path, self._report)
         kept = Journal.resume(self._folder.journal, said, self._sync) if self._resumed else None
         self._writer: Writer | PickleWriter
         if not options.safe_serialization:
@@ -285,7 +287,9 @@ class Run:
     def _written(self, unit: Unit, digest: str, record: TensorRecord | None) -> None:
         """Take note of a tensor that lies in its place."""
         known = record or _passed_on(unit, self._config)
-        line = known.model_copy(update={"sha256": digest}).model_dump(mode="json", exclude_defaults=True)
+        # Reasons name models; a report goes to the public with its model.
+        said = {"sha256": digest, "reason": self._shown.public(known.reason)}
+        line = known.model_copy(update=said).model_dump(mode="json", exclude_defaults=True)
         if self._journal is not None:
             self._journal.add(Done(unit.name, digest, line))
         self.has_results = True

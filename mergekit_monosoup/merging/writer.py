@@ -98,7 +98,7 @@ class Writer:
         digest = hashlib.sha256()
         with self._opened(slot, os.O_WRONLY) as descriptor:
             offset = slot.begin
-            for piece in _pieces(tensor):
+            for piece in pieces(tensor):
                 digest.update(piece)
                 _write_all(descriptor, piece, offset)
                 offset += len(piece)
@@ -159,7 +159,7 @@ class PickleWriter:
         """Hold a tensor until its shard is full, and return the SHA-256 of its bytes."""
         self._shards.save_tensor(name, tensor, clone=True)
         digest = hashlib.sha256()
-        for piece in _pieces(tensor):
+        for piece in pieces(tensor):
             digest.update(piece)
         return digest.hexdigest()
 
@@ -197,7 +197,7 @@ def _check(slot: Slot, name: str, tensor: Tensor) -> None:
         )
 
 
-def _pieces(tensor: Tensor) -> Iterator[memoryview]:
+def pieces(tensor: Tensor) -> Iterator[memoryview]:
     """Yield the bytes of a tensor in row-major order, copying no more than a piece at a time."""
     tensor = tensor.detach()
     if tensor.device.type == "cpu" and tensor.is_contiguous():
@@ -205,12 +205,12 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
         for start in range(0, len(flat), _PIECE):
             yield flat[start : start + _PIECE].data
     elif tensor.ndim == 0 or tensor.numel() * tensor.element_size() <= _PIECE:
-        yield from _pieces(tensor.cpu().contiguous())
+        yield from pieces(tensor.cpu().contiguous())
     else:
         rows = max(1, _PIECE * len(tensor) // (tensor.numel() * tensor.element_size()))
         for start in range(0, len(tensor), rows):
             part = tensor[start : start + rows]
-            yield from _pieces(part[0] if rows == 1 else part.cpu().contiguous())
+            yield from pieces(part[0] if rows == 1 else part.cpu().contiguous())
 
 
 def _write_all(descriptor: int, piece: memoryview, offset: int) -> None:
