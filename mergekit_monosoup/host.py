@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -232,6 +233,28 @@ def _meta(header: tuple[tuple[int, ...], torch.dtype]) -> Tensor:
 def out_config(config: MergeConfiguration, arch: ModelArchitecture, trust_remote_code: bool) -> Any:
     """Return the configuration of the output as mergekit derives it from the base's."""
     return mergekit_merge._model_out_config(config, arch, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def plain_configurations(model_types: Iterable[object]) -> Iterator[None]:
+    """Have transformers read configurations of types that only a model's own code knows, without that code.
+
+    Args:
+        model_types: as configurations name them; what transformers knows itself stays as it is.
+    """
+    from transformers import PretrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    added = [
+        name for name in dict.fromkeys(model_types) if isinstance(name, str) and name not in CONFIG_MAPPING
+    ]
+    for name in added:
+        CONFIG_MAPPING.register(name, type("PlainConfig", (PretrainedConfig,), {"model_type": name}))
+    try:
+        yield
+    finally:
+        for name in added:
+            CONFIG_MAPPING._extra_content.pop(name, None)
 
 
 def local_reference(folder: str) -> ModelReference:

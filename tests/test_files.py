@@ -400,3 +400,37 @@ def test_a_classifier_over_a_plain_base(tmp_path):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.config.id2label[2] == "perhaps"
     assert torch.equal(loaded.classifier.weight, load_tensors(tuned)["classifier.weight"])
+
+
+def test_a_text_only_model_over_a_vision_language_base(tmp_path):
+    """The result has the base's vision tower; so it needs the base's processor, with the own template."""
+    base, _ = write_vision_pair(tmp_path)
+    language = transformers.LlavaForConditionalGeneration.from_pretrained(base).model.language_model
+    config = transformers.LlamaConfig(**language.config.to_dict())
+    model = transformers.LlamaForCausalLM(config)
+    model.model.load_state_dict(language.state_dict())
+    model.lm_head.weight.data = load_tensors(base)["language_model.lm_head.weight"].clone()
+    words = build_tokenizer(extra=("<image>",))
+    words.chat_template = "own {% for m in messages %}{{ m.content }}{% endfor %}"
+    tuned = write_checkpoint(tmp_path / "text", fine_tune(model, seed=1), torch.float32, tokenizer=words)
+    out = our_merge(tmp_path, recipe(base, tuned))
+    assert read_json(out / "config.json") == read_json(base / "config.json")
+    assert_brought(base, out, "processor_config.json")
+    assert_brought(tuned, out, "chat_template.jinja", "generation_config.json")
+    assert transformers.AutoProcessor.from_pretrained(out).apply_chat_template(MESSAGES, tokenize=False)
+
+
+def test_a_type_that_only_its_own_code_knows(tmp_path):
+    """Weights and configuration are merged all the same, and nothing is run."""
+    pair = write_pair(tmp_path, "llama")
+    for folder in pair:
+        write_files(folder, {"configuration_own.py": CODE})
+        names = {"AutoConfig": "configuration_own.Own"}
+        edit_config(folder, model_type="own", architectures=["OwnForCausalLM"], auto_map=names)
+    out = our_merge(tmp_path, recipe(*pair))
+    assert_brought(pair[1], out, "config.json", "configuration_own.py", "chat_template.jinja")
+    assert set(load_tensors(out)) == set(load_tensors(pair[1]))
+    assert not list(tmp_path.rglob("*code-ran*"))
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    assert "own" not in CONFIG_MAPPING

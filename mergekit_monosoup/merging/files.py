@@ -128,7 +128,9 @@ def write_beside(
         described_by: folder of the checkpoint whose config.json describes the result, where it is another.
     """
     own = tokenizer is not None
-    brought = bring_files(source, out, own_tokenizer=own, copy_tokenizer=options.copy_tokenizer)
+    brought = bring_files(
+        source, out, own_tokenizer=own, copy_tokenizer=options.copy_tokenizer, beneath=described_by
+    )
     keys = [module.architecture.num_layers_config_key() for module in arch.modules.values()]
     layers = layer_sources(config, dict(zip(arch.modules, keys, strict=True)))
     described = described_by or source.folder
@@ -143,7 +145,12 @@ def write_beside(
 
 
 def bring_files(
-    source: Source, out: Path, *, own_tokenizer: bool = False, copy_tokenizer: bool = True
+    source: Source,
+    out: Path,
+    *,
+    own_tokenizer: bool = False,
+    copy_tokenizer: bool = True,
+    beneath: Path | None = None,
 ) -> list[str]:
     """Copy the files that go with a model, byte for byte; nothing is loaded, no code is run.
 
@@ -152,6 +159,8 @@ def bring_files(
         out: the folder of the result; what lies there is replaced. Its config.json is not touched.
         own_tokenizer: the result has a tokenizer of its own already.
         copy_tokenizer: False leaves tokenizer files behind.
+        beneath: folder of the base where the result has parts that the source lacks (a vision tower): what
+            else these need is taken from there, such as a processor.
 
     Returns:
         The names of the files.
@@ -165,7 +174,11 @@ def bring_files(
     for name, why in found.left.items():
         LOG.info("%s of %s is left behind (%s)", name, source.model, why)
     taken = {
-        name: source.folder / name for name in found.taken if name != "config.json" and not is_tokenizer(name)
+        name: folder / name
+        for folder in (beneath, source.folder)
+        if folder is not None
+        for name in (found.taken if folder is source.folder else companions(folder).taken)
+        if name != "config.json" and not is_tokenizer(name)
     }
     if copy_tokenizer and not own_tokenizer:
         stand_in = (source.stand_in,) if source.stand_in is not None else ()

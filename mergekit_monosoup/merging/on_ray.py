@@ -14,7 +14,7 @@ import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from mergekit_monosoup.alignment.stored import Alignment, align_loaders, joined,
 from mergekit_monosoup.errors import ConfigurationError, MonoSoupError, OutputError
 from mergekit_monosoup.merging.adapters import MERGED_ADAPTERS, open_adapters
 from mergekit_monosoup.merging.layout import Layout
+from mergekit_monosoup.merging.opened import model_types
 from mergekit_monosoup.merging.prepared import Prepared
 from mergekit_monosoup.merging.units import Unit, compute, cost
 from mergekit_monosoup.merging.writer import Writer
@@ -92,6 +93,10 @@ class Worker:
             copies = Path(tempfile.gettempdir()) / f"monosoup-{token}" / str(os.getpid())
         open_adapters(recipe, self._options, copies, revisions)
         host.open_models(recipe.referenced_models(), self._options, revisions)
+        types = model_types(recipe.referenced_models(), self._options)
+        # Held for the life of this process, which does nothing else.
+        self._types = ExitStack()
+        self._types.enter_context(host.plain_configurations(types))
         self._prepared = Prepared.of(recipe, self._options, [self._take])
         self._units = {unit.name: unit for unit in self._prepared.units.units}
         self._writer = _shared(Path(path), token, self._prepared.layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from mergekit.options import MergeOptions
 
 from mergekit_monosoup import host
 from mergekit_monosoup.checkpoint.classes import is_language_model_of
@@ -45,6 +46,13 @@ def open_with_common_names(
         held = one.checkpoint.tensors
         host.rename_tensors(model, {n: one.stored.get(n, n) for n in held} if one.stored else {})
     return {model: one.checkpoint for model, one in zip(models, renamed, strict=True)}
+
+
+def model_types(models: Iterable[ModelReference], options: MergeOptions) -> list[object]:
+    """Return the types of opened checkpoints whose code is not to be run; none where it is."""
+    if options.trust_remote_code:
+        return []
+    return [read_config(Path(host.folder_of(m))).get("model_type") for m in models if m.lora is None]
 
 
 def finetuned_models(config: MergeConfiguration) -> tuple[ModelReference, ...]:

@@ -27,7 +27,7 @@ from mergekit_monosoup.merging.folder import WorkFolder
 from mergekit_monosoup.merging.journal import Done, Journal
 from mergekit_monosoup.merging.local import run_units
 from mergekit_monosoup.merging.modules import merge_modules
-from mergekit_monosoup.merging.opened import open_with_common_names
+from mergekit_monosoup.merging.opened import model_types, open_with_common_names
 from mergekit_monosoup.merging.prepared import Prepared, check_bases
 from mergekit_monosoup.merging.progress import Progress
 from mergekit_monosoup.merging.public_recipe import PublicRecipe
@@ -153,7 +153,7 @@ class Run:
         self._journal: Journal | None = None
         self._recorder: Recorder | None = None
         self._bar: Progress | None = None
-        self._adapters = ExitStack()
+        self._opened = ExitStack()
         self.has_results = resumed
 
     def prepare(self, force_base: bool) -> None:
@@ -162,8 +162,10 @@ class Run:
         # First: a name that is wrong must not show when all is computed.
         self._source = source_of(files_model(config, self._files_from), options, config.base_model)
         copies = self._folder.root / MERGED_ADAPTERS
-        self._adapters.enter_context(adapters_opened(config, options, copies))
+        self._opened.enter_context(adapters_opened(config, options, copies))
         host.open_models(config.referenced_models(), options)
+        types = model_types(config.referenced_models(), options)
+        self._opened.enter_context(host.plain_configurations(types))
         for model in config.referenced_models() if self._ours else ():
             refuse_quantized_checkpoint(stored_model(model))
         if self._ours and not force_base:
@@ -268,7 +270,7 @@ class Run:
             self._recorder.abort()
         if self._journal is not None:
             self._journal.close()
-        self._adapters.close()
+        self._opened.close()
 
     def _sync(self) -> None:
         self._writer.sync()
