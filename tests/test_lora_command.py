@@ -49,7 +49,7 @@ def test_the_file_has_the_same_form(kind, tmp_path):
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
-    assert json.loads(metadata["mergekit_monosoup"])["adapters"] == [str(source)]
+    assert json.loads(metadata["mergekit_monosoup"])["adapters"] == [source.name]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "README.md",
         "adapter_config.json",

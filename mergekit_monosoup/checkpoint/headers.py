@@ -46,6 +46,8 @@ class StoredTensor:
     file: str
     begin: int | None = None
     """Byte at which the data begins in a local file."""
+    stored: str | None = None
+    """Name in the file, where the checkpoint's tensors have been given others."""
 
     @property
     def size(self) -> int:

@@ -154,7 +154,7 @@ class _Samples:
         count = min(tensor.size, _ENTRIES)
         start = (tensor.size - count) // 2
         if tensor.begin is None:
-            return self._of_pickle(folder / tensor.file, tensor.name, start, count)
+            return self._of_pickle(folder / tensor.file, tensor.stored or tensor.name, start, count)
         bytes_each = 2 if tensor.dtype == "bfloat16" else np.dtype(_PLAIN[tensor.dtype]).itemsize
         with (folder / tensor.file).open("rb") as stream:
             stream.seek(tensor.begin + start * bytes_each)

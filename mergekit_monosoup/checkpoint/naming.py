@@ -96,7 +96,7 @@ def _unwrapped(model: Checkpoint, notes: list[str]) -> Renamed:
 def _renamed(model: Renamed, names: Mapping[str, str]) -> Renamed:
     """Return a checkpoint with new names; `names` maps those that it has to those that it gets."""
     tensors = {
-        (new := names.get(old, old)): replace(tensor, name=new)
+        (new := names.get(old, old)): replace(tensor, name=new, stored=tensor.stored or old)
         for old, tensor in model.checkpoint.tensors.items()
     }
     stored = {names.get(old, old): model.stored.get(old, old) for old in model.checkpoint.tensors}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,8 @@ LOG = logging.getLogger(__name__)
 
 # Of each worker: one unit that is computed, and one whose inputs are read meanwhile.
 _IN_FLIGHT = 2
+# Seconds to wait for a cluster to answer.
+_PATIENCE = 10
 _TOKEN = "monosoup_token"
 
 
@@ -268,6 +271,24 @@ def _room(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
     return count
 
 
+def _require_answer(address: str) -> None:
+    """Refuse an address where nobody answers; Ray itself tries for minutes.
+
+    Raises:
+        ConfigurationError: there is no connection.
+    """
+    host_name, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host_name or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host_name.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except OSError as error:
+        raise ConfigurationError(
+            f"no Ray cluster answers at {address!r} ({error.strerror or error}); start one with "
+            "`ray start --head`, or pass --ray local"
+        ) from error
+
+
 @contextmanager
 def connected(options: RayOptions) -> Iterator[None]:
     """Connect to a cluster, or start one on this machine for the time of the merge.
@@ -284,6 +305,7 @@ def connected(options: RayOptions) -> Iterator[None]:
         ) from error
     own = not ray.is_initialized()
     if own:
+        _require_answer(options.address)
         where: dict[str, Any] = {"include_dashboard": False} if options.address == "local" else {}
         try:
             ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR, **where)
