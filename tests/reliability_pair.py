@@ -16,7 +16,7 @@ def write_slow_pair(folder: Path) -> dict[str, Any]:
         vocab_size=512,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=16,
+        num_hidden_layers=40,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
