@@ -108,7 +108,9 @@ def edit_state_dict(
         bound = merge_method.within(merge)
         # As they lie: nothing is moved for a decision over all of them.
         groups = [_group(name, w0, tuned) for name in owners]
-        bound.begin(groups, [{**p, MERGE: merge} for p in _bound(bound, groups, parameters, owners)])
+        # Models may lie on several devices, which mergekit refuses of a group; names and shapes will do.
+        shapes = [_group(name, w0, tuned, torch.device("meta")) for name in owners]
+        bound.begin(groups, [{**p, MERGE: merge} for p in _bound(bound, shapes, parameters, owners)])
         for names in _chunks(owners, first):
             place = torch.device(device) if device is not None else first[names[0]].device
             parts = [_group(name, w0, tuned, place) for name in names]

@@ -126,7 +126,7 @@ def joined(parts: Sequence[Alignment], layers: Layers = "matrices") -> Alignment
     held = [part for part in parts if part.names]
     names = [name for part in held for name in part.names]
     order = sorted(range(len(names)), key=names.__getitem__)
-    none = torch.empty(0)
+    none = torch.empty(0, device="cpu")
     products = torch.cat([part.products for part in held])[order] if held else none
     cosines = torch.cat([part.cosines for part in held])[order] if held else none
     return _found(Alignment(tuple(names[i] for i in order), products, cosines, skipped), layers)
@@ -145,7 +145,7 @@ def _aligned(base: Stored, finetuned: Sequence[Stored], layers: Layers, refine: 
         names.append(name)
         products.append(found.values)
         cosines.append(found.cosines)
-    none = torch.empty(0)
+    none = torch.empty(0, device="cpu")
     return Alignment(
         tuple(names),
         torch.cat(products) if products else none,

@@ -203,7 +203,7 @@ def _whole_tensors(
     for key in dict.fromkeys(key for a in adapters for key in a.biases):
         # c b, the update of a bias, has fewer than two axes: it is averaged and scaled, not split.
         module = key.removeprefix(PREFIX).removesuffix(".lora_B.bias")
-        total, scaling = torch.zeros(()), 0.0
+        total, scaling = torch.zeros((), device="cpu"), 0.0
         for adapter, table in zip(adapters, tables, strict=True):
             if key in adapter.biases:
                 scaling = scaling or table[module].scaling

@@ -81,11 +81,11 @@ def hollow_model(
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in shells:
-                shell = torch.zeros((), dtype=dtype).expand(parameter.shape)
+                shell = torch.zeros((), dtype=dtype, device="cpu").expand(parameter.shape)
                 shells[id(parameter)] = nn.Parameter(shell, requires_grad=False)
             setattr(module, name, shells[id(parameter)])
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
+            module._buffers[name] = torch.zeros((), dtype=buffer.dtype, device="cpu").expand(buffer.shape)
     return model
 
 
@@ -179,7 +179,10 @@ def _changes(adapted: PeftModel, shells: dict[str, nn.Parameter]) -> dict[str, C
                 whole[f"{plain}.{leaf}"] = parameter.data
         elif isinstance(module, TrainableTokensWrapper):
             tokens = module.token_adapter
-            replaced = torch.tensor(tokens.token_indices[_NAME]), tokens.trainable_tokens_delta[_NAME].data
+            replaced = (
+                torch.tensor(tokens.token_indices[_NAME], device="cpu"),
+                tokens.trainable_tokens_delta[_NAME].data,
+            )
             rows.update(dict.fromkeys(by_name[f"{plain}.weight"], replaced))
         elif isinstance(module, AuxiliaryTrainingWrapper):
             inexact.update(by_name[f"{plain}.weight"])

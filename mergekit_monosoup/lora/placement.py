@@ -102,7 +102,7 @@ class NameMap:
         """Let transformers take a tensor apart whose entries are the numbers of its rows."""
         shape = self._shapes[whole]
         count = shape[0] * shape[1] if len(shape) == 3 else shape[0]
-        numbers = torch.arange(count).reshape(*shape[:-1], 1)
+        numbers = torch.arange(count, device="cpu").reshape(*shape[:-1], 1)
         try:
             reverse: Any = copy.deepcopy(converter).reverse_transform()
             renamed, pattern = reverse.rename_source_key(whole)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -18,6 +17,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_monosoup import host
+from mergekit_monosoup.merging.lanes import COPIES, Lane, Room, lanes
 from mergekit_monosoup.merging.units import PlannedUnits, Unit, compute
 
 T = TypeVar("T")
@@ -26,8 +26,6 @@ T = TypeVar("T")
 # does not stay resident.
 _MAPPED_BYTES = 1 << 28
 _PAGE = 4096
-# What a unit holds while it is computed, in copies of its output: inputs, float32 blocks and squares, output.
-_COPIES = 8
 
 
 def run_units(
@@ -38,7 +36,7 @@ def run_units(
 ) -> None:
     """Compute units and hand each to `write` when it is done.
 
-    A thread reads ahead, some compute, each on a core or a device of its own, and one writes. A unit is
+    A thread reads ahead, some compute, each on a core or a stream of its own, and one writes. A unit is
     never shared out among cores: so its result does not depend on how many there are. What is held at a
     time is bounded by the largest units and by the memory that is free, however many units there are.
 
@@ -51,12 +49,11 @@ def run_units(
     Raises:
         What computing or writing raises first; the units under way are finished before.
     """
-    devices = _devices(options)
-    on_cpu = devices == ["cpu"]
-    workers = torch.get_num_threads() if on_cpu else len(devices)
+    places = lanes(options)
+    on_cpu = places[0].device.type == "cpu"
     storage = options.device if options.low_cpu_memory else "cpu"
-    free = psutil.virtual_memory().available / (2 * _COPIES)
-    room = _Room(min((workers + 1) * max(map(_bytes, units), default=0), int(free)))
+    free = psutil.virtual_memory().available // (2 * COPIES)
+    room = Room(min((len(places) + 1) * max(map(_bytes, units), default=0), free))
 
     def prepare() -> None:
         # mergekit keeps the options of its loaders by thread, torch its number of threads.
@@ -64,13 +61,12 @@ def run_units(
         if on_cpu:
             torch.set_num_threads(1)
 
-    def work(index: int) -> None:
-        device = devices[index % len(devices)]
+    def work(lane: Lane) -> None:
         for unit, values in ahead:
-            if options.random_seed is not None:
-                # By name: the result does not depend on what was computed before it.
-                torch.manual_seed(options.random_seed ^ zlib.crc32(unit.name.encode()))
-            tensor = compute(unit, planned, values, math_device=device, storage_device=storage or "cpu")
+            with lane.taken(_bytes(unit), values.values()):
+                tensor = compute(
+                    unit, planned, values, math_device=lane.device, storage_device=storage or "cpu"
+                )
             del values
             # A disk that is full stops the merge here, not at its end.
             if written and written[-1].done():
@@ -87,60 +83,27 @@ def run_units(
     with (
         _Ahead(_read(units, room, prepare)) as ahead,
         ThreadPoolExecutor(1, "monosoup-write") as writer,
-        ThreadPoolExecutor(workers, "monosoup-compute", prepare) as computing,
+        ThreadPoolExecutor(len(places), "monosoup-compute", prepare) as computing,
     ):
         try:
-            for worker in as_completed([computing.submit(work, i) for i in range(workers)]):
+            for worker in as_completed([computing.submit(work, lane) for lane in places]):
                 worker.result()
         except BaseException:
             # Also when the user interrupts: the other threads end with the units they have.
             ahead.stop()
-            room.open()
+            for held in (room, *(lane.room for lane in places)):
+                held.open()
             raise
     for part in written:
         part.result()
-
-
-class _Room:
-    """A bound on the bytes in flight; a unit larger than all of it goes alone."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._held = 0
-        self._open = False
-        self._changed = threading.Condition()
-
-    def enter(self, size: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._open or not self._held or self._held + size <= self._size)
-            self._held += size
-
-    def leave(self, size: int) -> None:
-        with self._changed:
-            self._held -= size
-            self._changed.notify_all()
-
-    def open(self) -> None:
-        with self._changed:
-            self._open = True
-            self._changed.notify_all()
 
 
 def _bytes(unit: Unit) -> int:
     return unit.size * unit.dtype.itemsize
 
 
-def _devices(options: MergeOptions) -> list[str | torch.device]:
-    if not options.multi_gpu:
-        return [options.device or "cpu"]
-    from mergekit.common import get_torch_accelerator_count, get_torch_accelerator_type
-
-    kind = get_torch_accelerator_type(options.device)
-    return [torch.device(kind, i) for i in range(get_torch_accelerator_count(options.device))] or ["cpu"]
-
-
 def _read(
-    units: Iterable[Unit], room: _Room, prepare: Callable[[], None]
+    units: Iterable[Unit], room: Room, prepare: Callable[[], None]
 ) -> Iterator[tuple[Unit, Mapping[Task[Any], Any]]]:
     prepare()
     mapped = 0

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import threading
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,8 +33,12 @@ from mergekit_monosoup.methods.contract import MERGE, UpdateMethod
 from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.report.schema import Action
 from mergekit_monosoup.spectral.matrix import choose_view
+from mergekit_monosoup.spectral.update import smaller_pieces
 
 LOG = logging.getLogger(__name__)
+
+# torch's generator is the process's.
+_DRAWS = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class PlannedUnits:
-    """All units of a merge, and the tokenizer of its output where the recipe asks for one."""
+    """All units of a merge, and what they share.
+
+    Args:
+        units: in mergekit's order.
+        tokenizer: of the output, where the recipe asks for one.
+        seed: of methods that draw numbers; None where nothing is drawn, or without a seed.
+    """
 
     units: tuple[Unit, ...]
     tokenizer: tuple[BuildTokenizer, TokenizerInfo] | None
+    seed: int | None = None
 
 
 def plan_units(
@@ -110,7 +124,8 @@ def plan_units(
                 dtype = DEQUANTISED if dtype in FLOAT8 else dtype
                 merge.stored_dtypes[entry.name] = dtype
         units[entry.name] = Unit(entry.name, task, tuple(like.shape), dtype, passed_on)
-    return PlannedUnits(tuple(units.values()), tokenizer)
+    # Ours draw by the name of a tensor and have no use for torch's own generator.
+    return PlannedUnits(tuple(units.values()), tokenizer, None if ours else options.random_seed)
 
 
 def _headers(checkpoint: Checkpoint) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -134,17 +149,8 @@ def compute(
         math_device, storage_device: as mergekit's executor has them.
     """
     try:
-        try:
-            result: torch.Tensor = host.run_task(
-                unit.task, planned.tokenizer, loaded, math_device=math_device, storage_device=storage_device
-            )
-        except torch.OutOfMemoryError:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            _say_once(
-                f"{math_device} is out of memory: tensors that it has no room for are computed on the CPU"
-            )
-            result = host.run_task(unit.task, planned.tokenizer, loaded)
+        with _drawing(planned.seed, unit.name):
+            result = _on_device(unit, planned, loaded, math_device, storage_device)
     except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise InputError(
             f"tensor {unit.name}: its decomposition failed ({error}); set `spectrum: svd` for it, or "
@@ -155,6 +161,38 @@ def compute(
             raise out_of_memory(f"tensor {unit.name}") from error
         raise
     return result.to(unit.dtype)
+
+
+@contextmanager
+def _drawing(seed: int | None, name: str) -> Iterator[None]:
+    """Let what is drawn depend on the seed and the tensor alone: not on others before it or beside it."""
+    if seed is None:
+        yield
+        return
+    with _DRAWS:
+        torch.manual_seed(seed ^ zlib.crc32(name.encode()))
+        yield
+
+
+def _on_device(
+    unit: Unit,
+    planned: PlannedUnits,
+    loaded: Mapping[Task[Any], Any] | None,
+    math_device: str | torch.device,
+    storage_device: str | torch.device,
+) -> torch.Tensor:
+    # Blocks may be what the device has no room for, or the inputs themselves.
+    for pieces in (nullcontext(), smaller_pieces()):
+        with suppress(torch.OutOfMemoryError), pieces:
+            result: torch.Tensor = host.run_task(
+                unit.task, planned.tokenizer, loaded, math_device=math_device, storage_device=storage_device
+            )
+            return result
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    _say_once(f"{math_device} is out of memory: tensors that it has no room for are computed on the CPU")
+    result = host.run_task(unit.task, planned.tokenizer, loaded)
+    return result
 
 
 def is_out_of_memory(error: BaseException) -> bool:

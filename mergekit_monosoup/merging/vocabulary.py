@@ -21,7 +21,7 @@ class Index:
 
     def __init__(self, rows: Rows) -> None:
         self._rows = torch.from_numpy(rows)
-        self._leading = bool((self._rows == torch.arange(len(rows))).all())
+        self._leading = bool((self._rows == torch.arange(len(rows), device=self._rows.device)).all())
 
     def of(self, tensor: Tensor, axis: int) -> Tensor:
         """Return these rows of a tensor; a view where they are its first ones."""

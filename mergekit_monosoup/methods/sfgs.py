@@ -231,7 +231,12 @@ def _align_groups(groups: Sequence[TensorGroup], layers: Layers) -> Alignment:
     names = [str(index) for index in range(len(groups))]
 
     def member(position: int) -> Callable[[str], Tensor]:
-        return lambda name: groups[int(name)].non_base[position].tensor
+        def tensor(name: str) -> Tensor:
+            group = groups[int(name)]
+            beside: Tensor = group.non_base[position].tensor.to(group.base.tensor.device)
+            return beside
+
+        return tensor
 
     stored = [(names, member(position)) for position in range(len(inputs[0]))]
     return align((names, lambda name: groups[int(name)].base.tensor), stored, layers)

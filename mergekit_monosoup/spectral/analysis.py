@@ -86,8 +86,10 @@ def spectrum_points(values: Tensor, count: int = 96) -> tuple[list[int], list[fl
     """
     r = len(values)
     half = count // 2
-    even = torch.linspace(1, r, half, dtype=torch.float64)
-    logarithmic = torch.logspace(0, math.log10(r), half, dtype=torch.float64) if r > 1 else even
+    even = torch.linspace(1, r, half, dtype=torch.float64, device=values.device)
+    logarithmic = (
+        torch.logspace(0, math.log10(r), half, dtype=torch.float64, device=values.device) if r > 1 else even
+    )
     index = sorted({int(i) for i in torch.cat([even, logarithmic]).round().clamp(1, r)})
     relative = values.double() / values[0].double()
     energy = relative.square().cumsum(0)

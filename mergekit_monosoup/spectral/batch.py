@@ -10,16 +10,16 @@ from torch import Tensor
 from mergekit_monosoup.errors import NonFiniteError
 from mergekit_monosoup.spectral.certify import gram_doubt, is_certain, product_error
 from mergekit_monosoup.spectral.split import Split
+from mergekit_monosoup.spectral.update import device_entries
 
 # Above this size the time of one decomposition dwarfs that of calling it.
 LARGEST_SMALL_SIDE = 128
 _CPU_ENTRIES = 1 << 20
-_DEVICE_ENTRIES = 1 << 26
 
 
 def batches(shape: tuple[int, int, int], device: torch.device) -> Iterator[slice]:
     """Yield parts of a stack `[matrices, rows, columns]` that are worked on together."""
-    entries = _CPU_ENTRIES if device.type == "cpu" else _DEVICE_ENTRIES
+    entries = _CPU_ENTRIES if device.type == "cpu" else device_entries()
     step = max(1, entries // (shape[1] * shape[2]))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))

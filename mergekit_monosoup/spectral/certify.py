@@ -100,7 +100,7 @@ def gram_doubt(values: Tensor, diagonal: Tensor, error: float, reduction: float 
     # Eigenvalues that drown in the errors repel each other, and those below zero count as zero: they are
     # off in common.
     ascending = values.square().flip(0)
-    count = torch.arange(1, len(values) + 1, dtype=values.dtype)
+    count = torch.arange(1, len(values) + 1, dtype=values.dtype, device=values.device)
     drowned = (ascending < _DROWNED * entry * count.sqrt()).nonzero()
     if len(drowned):
         q = int(drowned[-1]) + 1

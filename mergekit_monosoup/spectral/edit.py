@@ -175,7 +175,7 @@ def _edit_batch(
     spectra = BatchedSpectra(delta)
     rank = min(out.shape[1:])
     shape = out.shape[1], out.shape[2]
-    factors = torch.ones(len(out), rank, dtype=torch.float64)
+    factors = torch.ones(len(out), rank, dtype=torch.float64, device="cpu")
     records: list[MatrixRecord | None] = []
     for i in range(len(out)):
         values = spectra.values(i)

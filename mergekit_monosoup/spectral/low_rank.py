@@ -61,7 +61,7 @@ def by_factor(update: MatrixUpdate, rough: Tensor, split: Split) -> tuple[Tensor
         return _above_noise(update, leading, found, rest, source, split)
     others = update.small - q
     padded = torch.cat([found, found.new_zeros(others)])
-    missing = torch.full((others,), math.sqrt(rest / others), dtype=torch.float64)
+    missing = torch.full((others,), math.sqrt(rest / others), dtype=torch.float64, device=found.device)
     doubt = Doubt(torch.cat([_left_out(found, rest), missing]), torch.zeros_like(padded))
     return (found, source) if is_certain(padded, doubt, split, update.shape) else None
 

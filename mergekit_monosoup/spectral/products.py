@@ -96,7 +96,11 @@ class GramSum:
                 self._total = np.zeros_like(self._sum, dtype=np.float64)
             crew().map(self._flush_part, self._parts())
         else:
-            self._total = self._sum.double() if self._total is None else self._total.add_(self._sum)
+            # A copy, also of a sum that is in float64 already: it is set to zero.
+            grown = (
+                self._sum.to(torch.float64, copy=True) if self._total is None else self._total.add_(self._sum)
+            )
+            self._total = grown
             self._sum.zero_()
         self._closed.append(self._rows)
         self._rows = 0

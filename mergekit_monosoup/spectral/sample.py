@@ -15,6 +15,8 @@ from mergekit_monosoup.spectral.update import MatrixUpdate
 
 # Lines that are looked at: few enough to cost a few per cent of a decomposition.
 _LINES = 256
+# In sides of so many lines: an accelerator decomposes smaller matrices in a few of its own samples' times.
+_WORTHWHILE_ON_A_DEVICE = 8
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ def numerical_rank(values: Tensor) -> int:
 def sample(update: MatrixUpdate) -> Sample | None:
     """Decompose evenly spaced lines of the longer side; None if they hold nothing to go by.
 
-    That is: the update is on an accelerator, where the decomposition costs too little; too small; zero or
+    That is: the update is too small, on an accelerator too small for a decomposition to cost much; zero or
     not finite in these lines.
     """
-    if update.device.type != "cpu" or update.small <= 2 * _LINES:
+    if update.small <= (2 if update.device.type == "cpu" else _WORTHWHILE_ON_A_DEVICE) * _LINES:
         return None
     lines = _evenly_spaced(update)
     peak = float(lines.abs().max())
@@ -67,7 +69,7 @@ def sample(update: MatrixUpdate) -> Sample | None:
 
 def _evenly_spaced(update: MatrixUpdate) -> Tensor:
     """Return lines of the longer side of dW, `[256, small]`."""
-    chosen = torch.linspace(0, update.long - 1, _LINES).long()
+    chosen = torch.linspace(0, update.long - 1, _LINES, device="cpu").long().to(update.device)
     if update.lines is not None and update.line_axis != update.long_axis:
         return torch.cat([update.block(i, i + 1).delta for i in chosen.tolist()])
     kept = chosen if update.lines is None else update.lines[chosen]

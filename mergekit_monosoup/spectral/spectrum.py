@@ -18,7 +18,7 @@ from mergekit_monosoup.spectral.crew import crew, torch_threads
 from mergekit_monosoup.spectral.eigen import VectorSource
 from mergekit_monosoup.spectral.gram import FLAT, finite_peak, gram_decomposition, scale_for
 from mergekit_monosoup.spectral.low_rank import by_factor
-from mergekit_monosoup.spectral.precision import full_float32
+from mergekit_monosoup.spectral.precision import float64_pays, full_float32
 from mergekit_monosoup.spectral.sample import numerical_rank, sample
 from mergekit_monosoup.spectral.sources import Known, Refined, among_all
 from mergekit_monosoup.spectral.split import EFFECTIVE_RANK, Split
@@ -87,7 +87,7 @@ def decompose(
         found, in_float32 = _from_a_sample(update, split)
         if found is not None:
             return found
-        if in_float32:
+        if in_float32 and not float64_pays(update.device):
             first = _by_gram(update, torch.float32, split)
             if first is None or first.certain:
                 return first
@@ -146,7 +146,7 @@ def _by_factor(update: MatrixUpdate, rough: Tensor, split: Split) -> Spectrum | 
     if found is None:
         return None
     values, source = found
-    everywhere = torch.ones(update.small, dtype=torch.bool)
+    everywhere = torch.ones(update.small, dtype=torch.bool, device="cpu")
     return Spectrum(values, "factor", True, update.shape, source, everywhere)
 
 
@@ -158,7 +158,7 @@ def _by_svd(update: MatrixUpdate, split: Split) -> Spectrum | None:
     dense = update.block(0, update.long, dtype=torch.float64).delta * scale
     with torch_threads(max(torch.get_num_threads(), crew().size)):
         _, values, right = torch.linalg.svd(dense, full_matrices=False)
-    everywhere = torch.ones(update.small, dtype=torch.bool)
+    everywhere = torch.ones(update.small, dtype=torch.bool, device="cpu")
     values = values.cpu() / scale
     threshold = split.threshold(*update.shape)
     if threshold is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,6 +18,23 @@ _CPU_BLOCK, _LARGE_CPU_BLOCK = 5 << 15, 1 << 19
 _LARGE_SHARE = 64
 _DEVICE_BLOCK = 1 << 26
 _SAMPLED_LINES = 64
+
+_DIVISOR: ContextVar[int] = ContextVar("divisor of device blocks", default=1)
+
+
+@contextmanager
+def smaller_pieces() -> Iterator[None]:
+    """Let an accelerator that is short of memory work in blocks of a sixty-fourth of the usual size."""
+    token = _DIVISOR.set(64 * _DIVISOR.get())
+    try:
+        yield
+    finally:
+        _DIVISOR.reset(token)
+
+
+def device_entries() -> int:
+    """Return how many entries an accelerator takes at a time."""
+    return max(1, _DEVICE_BLOCK // _DIVISOR.get())
 
 
 @dataclass(frozen=True)
@@ -108,7 +127,7 @@ class MatrixUpdate:
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield the (start, stop) of each block along the longer side."""
-        entries = _DEVICE_BLOCK
+        entries = device_entries()
         if self.device.type == "cpu":
             entries = min(_LARGE_CPU_BLOCK, max(_CPU_BLOCK, self.long * self.small // _LARGE_SHARE))
         step = max(128, entries // max(1, self.small))
