@@ -147,7 +147,8 @@ class _Parts:
             products, error = _projector(gram)
             projector = 1e3 * self._seconds(partial(_projector, gram), 1)
             table.add(n, *times, *streams, projector, products)
-            self.details[f"error of the projector, {n}"] = error
+            if error is not None:
+                self.details[f"error of the projector, {n}"] = error
             exact, values = torch.linalg.eigh(gram)[0], _refined(gram, *torch.linalg.eigh(single))[0]
             relative = (values.sort()[0] - exact).abs().max() / exact[-1]
             self.details[f"largest error of refined values over the largest value, {n}"] = float(relative)
@@ -293,6 +294,10 @@ class _Parts:
             folder = Path(name)
             write_checkpoints(folder, layers, vocabulary)
             ours = [sys.executable, "-m", "mergekit_monosoup", "merge"]
+            imports = [sys.executable, "-c", "import torch, mergekit_monosoup.merging.run"]
+            # The first one brings the files of the packages into memory.
+            run = min((common.run_child(imports) for _ in range(2)), key=lambda run: run.seconds)
+            table.add("imports alone", run.seconds, run.peak / 2**20)
             for label, start, method, flags in (
                 ("monosoup --cuda", ours, "monosoup", ["--cuda"]),
                 ("linear, mergekit-yaml", command(), "linear", []),
@@ -303,7 +308,13 @@ class _Parts:
                 file = folder / "recipe.yml"
                 file.write_text(json.dumps(recipe(folder, method)), encoding="utf-8")
                 with _dropped(folder / "merged") as out:
-                    run = common.run_child([*start, file, out, "--no-copy-tokenizer", "--quiet", *flags])
+                    try:
+                        run = common.run_child([*start, file, out, "--no-copy-tokenizer", "--quiet", *flags])
+                    except RuntimeError as error:
+                        # The other merges are worth knowing.
+                        self.details[f"{label} failed"] = str(error)[-2000:]
+                        print(f"{label}: {error}", flush=True)
+                        continue
                 print(f"{label}: {run.seconds:.1f} s", flush=True)
                 table.add(label, run.seconds, run.peak / 2**20)
                 self.figures[f"{label}, seconds"] = run.seconds
@@ -333,8 +344,8 @@ def _refined(gram: Any, values: Any, vectors: Any) -> tuple[Any, Any]:
     return found, x + x @ e
 
 
-def _projector(gram: Any) -> tuple[int, float]:
-    """Find the projector on the leading third from products; return their number and its error."""
+def _projector(gram: Any) -> tuple[int, float | None]:
+    """Find the projector on the leading third from products; return their number, and its error if small."""
     import math
 
     import torch
@@ -351,7 +362,7 @@ def _projector(gram: Any) -> tuple[int, float]:
     for _ in range(steps):
         square = x @ x
         x = x @ (1.875 * identity - 1.25 * square + 0.375 * (square @ square))
-    error = math.nan
+    error = None
     if vectors is not None:
         leading = vectors[:, n - k :]
         error = float(((x + identity) / 2 - leading @ leading.T).norm() / math.sqrt(k))

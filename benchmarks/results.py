@@ -10,7 +10,7 @@ from typing import Any
 from common import shown
 
 HERE = Path(__file__).resolve().parent
-ORDER = ("spectral", "memory", "merge", "growth", "floor", "projector")
+ORDER = ("spectral", "memory", "merge", "growth", "floor", "projector", "gpu")
 # What is asked of a figure: (benchmark, figure, wording, must, aim, beyond, whether more is better).
 ASKED = (
     (
@@ -58,6 +58,15 @@ ASKED = (
         "the same, update as fine-tuning leaves it",
         1.3,
         1.1,
+        None,
+        False,
+    ),
+    (
+        "gpu",
+        "Qwen3-14B, arithmetic, seconds",
+        "arithmetic of a merge in the shape of Qwen3-14B on one H100 or H200, seconds (paper, A100: 83.3)",
+        60.0,
+        None,
         None,
         False,
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -91,6 +93,18 @@ def test_lanes_change_nothing(registered):
     torch.cuda.synchronize()
     for (base, tuned), result in zip(found, together, strict=True):
         assert torch.equal(result, edit_weight(base, [tuned])[0])
+
+
+def test_first_decompositions_of_several_threads():
+    """Torch loads its linear algebra at the first call, and fails if two come at the same time."""
+    code = (
+        "import torch; from concurrent.futures import ThreadPoolExecutor\n"
+        "from mergekit_monosoup.spectral import edit_update\n"
+        "updates = [torch.randn(300, 200, device='cuda') for _ in range(8)]\n"
+        "with ThreadPoolExecutor(8) as pool: print(len(list(pool.map(edit_update, updates))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "8", done.stderr
 
 
 def test_smaller_pieces_fit_where_the_usual_ones_do_not():

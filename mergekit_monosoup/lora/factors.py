@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mergekit_monosoup.errors import NonFiniteError, ParameterError, ShapeMismatchError
 from mergekit_monosoup.spectral.mixing import Mixing
+from mergekit_monosoup.spectral.precision import load_linear_algebra
 from mergekit_monosoup.spectral.record import EditRecord, MatrixRecord
 from mergekit_monosoup.spectral.split import EFFECTIVE_RANK, Split, energy_rank
 
@@ -86,6 +87,7 @@ def core_of(left: Tensor, right: Tensor) -> Core:
     Raises:
         NonFiniteError: NaN or infinity in a factor.
     """
+    load_linear_algebra(left.device)
     left, right = left.double(), right.double()
     gram_left, gram_right = left.mT @ left, right @ right.mT
     if not bool(torch.isfinite(gram_left).all() & torch.isfinite(gram_right).all()):

@@ -19,6 +19,7 @@ from mergekit_monosoup.spectral.batch import (
 from mergekit_monosoup.spectral.crew import at_work, crew
 from mergekit_monosoup.spectral.matrix import MatrixView, choose_view
 from mergekit_monosoup.spectral.mixing import Mixing
+from mergekit_monosoup.spectral.precision import load_linear_algebra
 from mergekit_monosoup.spectral.products import add_projection
 from mergekit_monosoup.spectral.record import EditRecord, MatrixRecord
 from mergekit_monosoup.spectral.spectrum import Backend, decompose
@@ -139,6 +140,7 @@ def _edit_stack(
     base: Tensor | None, tuned: Sequence[Tensor], weights: Sequence[float], out: Tensor, options: EditOptions
 ) -> list[MatrixRecord | None]:
     """Edit a stack `[matrices, rows, columns]` into `out`: small matrices in batches, others in turn."""
+    load_linear_algebra(out.device)
     batched = (
         len(out) > 1
         and min(out.shape[1:]) <= LARGEST_SMALL_SIDE

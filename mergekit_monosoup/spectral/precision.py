@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,23 @@ def _raise_precision() -> Callable[[], object]:
 
 
 _HIGHEST = ProcessSetting(_raise_precision)
+_LOADING = threading.Lock()
+
+
+def load_linear_algebra(device: torch.device) -> None:
+    """Have torch load its decompositions for a CUDA device, which it does at the first call.
+
+    Two threads whose first calls come at the same time make it fail ("lazy wrapper should be called at most
+    once").
+    """
+    if device.type == "cuda":
+        with _LOADING:
+            _load_once()
+
+
+@cache
+def _load_once() -> None:
+    torch.linalg.eigh(torch.eye(2, device="cuda"))
 
 
 def float64_pays(device: torch.device) -> bool:
