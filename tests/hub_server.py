@@ -97,6 +97,10 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/(.+?)/(revision|tree)/([^/]+)", path):
             self._begin()
             return self._listing(match[1], match[2], match[3])
+        if re.fullmatch(r"/api/models/(.+?)/tree/([^/]+)/(.+)", path):
+            # Of a sub-folder, which no model here has.
+            self._begin()
+            return self._json({}, 404, {"X-Error-Code": "EntryNotFound"})
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
             self._begin()
             return self._listing(match[1], "revision", "main")

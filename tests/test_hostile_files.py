@@ -17,7 +17,7 @@ import torch
 import yaml
 from checkpoints import copy_as_bin, copy_with_tensors, load_tensors, write_adapter
 from click.testing import CliRunner
-from commands import ROOT, recipe
+from commands import ROOT, recipe, run
 
 from mergekit_monosoup.checkpoint.documents import read_config, read_index, stays_inside
 from mergekit_monosoup.checkpoint.headers import read_folder, read_safetensors_header
@@ -92,6 +92,33 @@ def test_a_bomb_is_refused_in_less_than_a_second():
     with pytest.raises(MonoSoupError):
         load_yaml(BOMB)
     assert time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize("first", [[], ["--lora-merge-dtype", "float16", "--cuda"]])
+def test_merge_refuses_a_bomb_before_mergekit_is_imported(first, tmp_path):
+    (tmp_path / "recipe.yml").write_text(BOMB)
+    program = (
+        "import sys, time\n"
+        "from click.testing import CliRunner\n"
+        "from mergekit_monosoup.cli import main\n"
+        "done = CliRunner().invoke(main, ['merge', *sys.argv[1:], 'recipe.yml', 'out'])\n"
+        "print(done.exit_code, sorted({'torch', 'mergekit', 'transformers'} & sys.modules.keys()))\n"
+        "print(time.process_time(), done.output)\n"
+    )
+    done = run([sys.executable, "-c", program, *first], tmp_path)
+    status, said = done.stdout.splitlines()[:2]
+    assert status == "1 []"
+    assert "values, its aliases written out" in said
+    assert float(said.split()[0]) < 2
+    assert os.listdir(tmp_path) == ["recipe.yml"]
+
+
+def test_merge_still_shows_its_help_and_its_usage(tmp_path):
+    (tmp_path / "recipe.yml").write_text(BOMB)
+    recipe = str(tmp_path / "recipe.yml")
+    assert "Usage:" in CliRunner().invoke(main, ["merge", recipe, "--help"]).output
+    assert CliRunner().invoke(main, ["merge", str(tmp_path / "none.yml"), "out"]).exit_code == 2
+    assert CliRunner().invoke(main, ["merge"]).exit_code == 2
 
 
 def test_what_is_no_text(tmp_path):

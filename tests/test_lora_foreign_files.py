@@ -31,7 +31,7 @@ WEIGHTS = "adapter_model.safetensors"
 Tensors = dict[str, torch.Tensor]
 
 
-def _rewritten(adapter: Path, out: Path, change: Callable[[Tensors], Tensors], **settings: object) -> Path:
+def rewritten(adapter: Path, out: Path, change: Callable[[Tensors], Tensors], **settings: object) -> Path:
     shutil.copytree(adapter, out)
     save_file({k: t.contiguous() for k, t in change(load_file(adapter / WEIGHTS)).items()}, out / WEIGHTS)
     known = json.loads((adapter / "adapter_config.json").read_text())
@@ -39,7 +39,7 @@ def _rewritten(adapter: Path, out: Path, change: Callable[[Tensors], Tensors], *
     return out
 
 
-def _passthrough(tmp_path: Path, base: Path, adapter: Path, out: str = "out") -> Tensors:
+def passthrough(tmp_path: Path, base: Path, adapter: Path, out: str = "out") -> Tensors:
     return merge(tmp_path, {"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]}, out)
 
 
@@ -68,9 +68,9 @@ def _renamed(*pairs: tuple[str, str]) -> Callable[[Tensors], Tensors]:
 def test_names_are_seen_through(change, said, tmp_path, caplog):
     base = write_base("plain", tmp_path / "base")
     adapter = make_adapter("plain", tmp_path / "adapter")
-    other = _rewritten(adapter, tmp_path / "other", change)
+    other = rewritten(adapter, tmp_path / "other", change)
     with caplog.at_level("WARNING"):
-        tensors = _passthrough(tmp_path, base, other)
+        tensors = passthrough(tmp_path, base, other)
     messages = lora_warnings(caplog)
     assert len(messages) == (said is not None)
     assert all(said in message for message in messages)
@@ -81,7 +81,7 @@ def test_names_are_seen_through(change, said, tmp_path, caplog):
 def test_factors_of_embeddings_under_the_adapters_name(tmp_path):
     adapter = make_adapter("embeddings", tmp_path / "adapter")
     suffixes = (("embedding_A", "embedding_A.default"), ("embedding_B", "embedding_B.default"))
-    other = _rewritten(adapter, tmp_path / "other", _renamed(*suffixes))
+    other = rewritten(adapter, tmp_path / "other", _renamed(*suffixes))
     found, plain = read_adapter(str(other)).tensors, load_file(adapter / WEIGHTS)
     assert any(key.endswith("lora_embedding_A") for key in plain)
     assert found.keys() == plain.keys()
@@ -102,7 +102,7 @@ def test_whole_tensors_under_the_adapters_name(tmp_path):
         original = "base_model.model.lm_head.original_module.weight"
         return named | {original: torch.zeros_like(tensors["base_model.model.lm_head.weight"])}
 
-    tensors = _passthrough(tmp_path, base, _rewritten(adapter, tmp_path / "other", change))
+    tensors = passthrough(tmp_path, base, rewritten(adapter, tmp_path / "other", change))
     want = merged_by_peft("saved-modules", adapter, "bfloat16")
     assert all(torch.equal(tensors[n], want[n]) for n in tensors)
 
@@ -117,7 +117,7 @@ def test_of_several_adapters_in_a_file_peft_reads_the_default(tmp_path, caplog):
             for key, tensor in tensors.items()
         }
 
-    two = _rewritten(adapter, tmp_path / "two", both("default", "reference"))
+    two = rewritten(adapter, tmp_path / "two", both("default", "reference"))
     with caplog.at_level("WARNING"):
         found = read_adapter(str(two)).tensors
     assert "'default' of default, reference" in caplog.text
@@ -127,7 +127,7 @@ def test_of_several_adapters_in_a_file_peft_reads_the_default(tmp_path, caplog):
     loaded = load_adapter("plain", two).state_dict()
     for key, tensor in plain.items():
         assert torch.equal(loaded[key.replace(".weight", ".default.weight")], tensor)
-    others = _rewritten(adapter, tmp_path / "others", both("policy", "reference"))
+    others = rewritten(adapter, tmp_path / "others", both("policy", "reference"))
     with pytest.raises(AdapterError, match=r"several adapters \(policy, reference\)"):
         read_adapter(str(others))
 
@@ -139,48 +139,8 @@ def test_saves_under_zero_3_are_refused_in_those_words(part, tmp_path):
     def empty(tensors: Tensors) -> Tensors:
         return {k: torch.empty(0) if part in k else t for k, t in tensors.items()}
 
-    broken = _rewritten(adapter, tmp_path / "broken", empty)
+    broken = rewritten(adapter, tmp_path / "broken", empty)
     refuse(broken, tmp_path / "out", "saved under ZeRO-3 without gathering", part)
-
-
-def _grouped(tensors: Tensors, experts: int = 4) -> Tensors:
-    """B of stacks packed expert by expert."""
-    return {
-        key: t.reshape(t.shape[0], -1, experts).mT.reshape(t.shape)
-        if ".experts." in key and "lora_B" in key
-        else t
-        for key, t in tensors.items()
-    }
-
-
-@pytest.mark.parametrize("kind", ["experts-qwen3", "experts-mixtral", "experts-patterns"])
-def test_the_layout_marker_of_stacked_experts_is_obeyed(kind, tmp_path, caplog):
-    base = write_base(kind, tmp_path / "base")
-    adapter = make_adapter(kind, tmp_path / "adapter")
-    assert any(".experts." in key for key in load_file(adapter / WEIGHTS))
-    marked = {"rank_major": lambda tensors: tensors, "grouped_by_expert": _grouped}
-    want = merged_by_peft(kind, adapter, "bfloat16")
-    for layout, change in marked.items():
-        other = _rewritten(adapter, tmp_path / layout, change, lora_B_layout=layout)
-        with caplog.at_level("WARNING"):
-            tensors = _passthrough(tmp_path, base, other, f"out-{layout}")
-        assert all(torch.equal(tensors[n], want[n]) for n in tensors), layout
-        assert read_adapter(str(other)).settings["lora_B_layout"] == "rank_major"
-    assert lora_warnings(caplog) == []
-
-
-def test_an_unknown_layout_is_refused_and_an_unmarked_one_of_unsloth_is_warned_of(tmp_path, caplog):
-    adapter = make_adapter("experts-qwen3", tmp_path / "adapter")
-    strange = _rewritten(adapter, tmp_path / "strange", lambda t: t, lora_B_layout="by_rows")
-    with pytest.raises(AdapterError, match="by_rows"):
-        read_adapter(str(strange))
-    with caplog.at_level("WARNING"):
-        read_adapter(str(adapter))
-    assert caplog.text == ""
-    named = {"base_model_name_or_path": "unsloth/Qwen3-30B-A3B"}
-    with caplog.at_level("WARNING"):
-        read_adapter(str(_rewritten(adapter, tmp_path / "unsloth", lambda t: t, **named)))
-    assert '"lora_B_layout": "grouped_by_expert"' in caplog.text
 
 
 @pytest.mark.parametrize("square", [False, True])
@@ -207,7 +167,7 @@ def test_stacks_of_an_older_peft_have_their_axes_swapped_back(square, tmp_path):
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.permute(1, 2, 0).reshape(columns, 12)
         updates[f"{name}.gate_up_proj"] = 2 * (b.double() @ a.double()).mT
     save_file(tensors, tmp_path / "adapter" / WEIGHTS)
-    merged = _passthrough(tmp_path, tmp_path / "base", tmp_path / "adapter")
+    merged = passthrough(tmp_path, tmp_path / "base", tmp_path / "adapter")
     for name, dw in updates.items():
         torch.testing.assert_close(merged[name].double(), stored[name].double() + dw, rtol=0, atol=1e-6)
 
@@ -239,7 +199,7 @@ def test_adapters_on_single_experts_fit_bases_of_both_forms(tmp_path):
         return 1.5 * b @ a
 
     base = write_base("experts-qwen3", tmp_path / "base", "float32")
-    merged = _passthrough(tmp_path, base, adapter)
+    merged = passthrough(tmp_path, base, adapter)
     for layer in range(2):
         name = f"model.layers.{layer}.mlp.experts"
         up = [torch.cat([dw(f"{name}.{e}.gate_proj"), dw(f"{name}.{e}.up_proj")]) for e in range(4)]
@@ -279,7 +239,7 @@ def test_adapters_of_stacks_fit_bases_with_renamed_single_experts(tmp_path):
 def test_names_that_no_prefix_explains_are_refused(tmp_path):
     base = write_base("plain", tmp_path / "base")
     adapter = make_adapter("plain", tmp_path / "adapter")
-    other = _rewritten(adapter, tmp_path / "other", _renamed((".layers.", ".blocks.")))
+    other = rewritten(adapter, tmp_path / "other", _renamed((".layers.", ".blocks.")))
     with pytest.raises(AdapterError, match="names do not match"):
         place(ModelReference.parse(f"{base}+{other}"), read_adapter(str(other)))
 
@@ -301,7 +261,7 @@ def test_a_base_of_single_experts_takes_a_stack_as_a_whole_and_in_parts(tmp_path
         whole = adapted.merge_and_unload()
     whole.save_pretrained(tmp_path / "whole")
     # As mergekit asks for them, experts fused, and as the files have them.
-    _passthrough(tmp_path, tmp_path / "base", tmp_path / "adapter")
+    passthrough(tmp_path, tmp_path / "base", tmp_path / "adapter")
     loaded = transformers.OlmoeForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(loaded[n], tensor) for n, tensor in whole.state_dict().items())
     reference = ModelReference.parse(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")

@@ -124,6 +124,8 @@ def test_other_peoples_methods(tmp_path, pair):
 
 def test_a_module_that_the_base_lacks(tmp_path, pair, caplog):
     base, tuned = pair
+    planned = our_command("plan", write_config(tmp_path, recipe(base, tuned))).output
+    assert "module 2_Dense keeps" not in planned
     shutil.rmtree(base / "2_Dense")
     write_files(base, {"modules.json": json.dumps(read_json(base / "modules.json")[:2])})
     out = our_merge(tmp_path, recipe(base, tuned))
@@ -156,8 +158,39 @@ def test_a_pickle_with_code_is_not_run(tmp_path, pair):
     base, tuned = pair
     (tuned / DENSE).unlink()
     torch.save({"linear.weight": Hostile()}, tuned / "2_Dense" / "pytorch_model.bin")
-    result = our_command("merge", write_config(tmp_path, recipe(base, tuned)), tmp_path / "out", "--quiet")
-    assert result.exit_code == 1
-    assert "2_Dense/pytorch_model.bin cannot be read" in result.output
-    assert "Traceback" not in result.output
+    config = write_config(tmp_path, recipe(base, tuned))
+    for command in (["merge", config, tmp_path / "out", "--quiet"], ["plan", config]):
+        result = our_command(*command)
+        assert result.exit_code == 1
+        assert "2_Dense/pytorch_model.bin is a pickle that would run code" in result.output
+        assert "Traceback" not in result.output
     assert not (tmp_path / "code-ran").exists()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_damaged_module_is_refused_before_anything_is_merged(which, file, tmp_path, pair, monkeypatch):
+    dense = pair[which] / "2_Dense"
+    raw = (dense / "model.safetensors").read_bytes()
+    (dense / "model.safetensors").unlink()
+    (dense / file).write_bytes(raw[: len(raw) // 2])
+    monkeypatch.setattr("mergekit_monosoup.merging.run.WorkFolder", None)
+    config = write_config(tmp_path, recipe(*pair))
+    for command in (["merge", config, tmp_path / "out", "--quiet"], ["plan", config]):
+        result = our_command(*command)
+        assert result.exit_code == 1
+        assert f"{pair[which].name}/2_Dense/{file}" in result.output
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_plan_says_what_happens_to_modules(tmp_path, pair):
+    base, tuned = pair
+    parameters = {"alpha": [{"filter": "2_Dense.linear", "value": 0.5}, {"value": 1.0}]}
+    config = recipe(base, tuned, parameters=parameters)
+    planned = json.loads(our_command("plan", write_config(tmp_path, config), "--json").output)
+    assert planned["ok"]
+    assert not planned["problems"]
+    told = {t["tensor"]: (t["action"], tuple(t["shape"]), t["dtype"]) for t in planned["tensors"]}
+    out = our_merge(tmp_path, config)
+    assert told == {r.tensor: (r.action, r.shape, r.dtype) for r in read_report(out).records}
+    assert told["2_Dense/linear.weight"] == ("edited", (24, 32), "float32")

@@ -42,17 +42,28 @@ def read_adapter_folder(source: str, folder: Path) -> AdapterFolder:
         AdapterError: a file is missing, or a value has a type that no adapter has.
         InputError: a file is damaged.
     """
+    config = read_adapter_config(source, folder)
+    file = next((folder / name for name in (WEIGHTS, PICKLE) if (folder / name).is_file()), None)
+    if file is None:
+        raise AdapterError(f"adapter {source} has neither {WEIGHTS} nor {PICKLE}")
+    return AdapterFolder(source, config, header_of(file))
+
+
+def read_adapter_config(source: str, folder: Path) -> dict[str, Any]:
+    """Return the configuration of an adapter.
+
+    Raises:
+        AdapterError: there is none, or a value has a type that no adapter has.
+        InputError: the file is damaged.
+    """
     try:
-        config = read_json(folder / CONFIG, _LARGEST_CONFIG)
+        config: dict[str, Any] = read_json(folder / CONFIG, _LARGEST_CONFIG)
     except OSError as error:
         raise AdapterError(
             f"adapter {source} has no {CONFIG}; is it the folder of a PEFT adapter?"
         ) from error
     _check_config(source, config)
-    file = next((folder / name for name in (WEIGHTS, PICKLE) if (folder / name).is_file()), None)
-    if file is None:
-        raise AdapterError(f"adapter {source} has neither {WEIGHTS} nor {PICKLE}")
-    return AdapterFolder(source, config, header_of(file))
+    return config
 
 
 def _check_config(source: str, config: Any) -> None:

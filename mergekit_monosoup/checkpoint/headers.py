@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_monosoup.checkpoint.documents import read_config, read_index, shown
+from mergekit_monosoup.checkpoint.ranges import RemoteWeights
 from mergekit_monosoup.checkpoint.safetensors_file import DTYPES, read_entries
 from mergekit_monosoup.errors import InputError
 
@@ -45,7 +46,7 @@ class StoredTensor:
     dtype: str
     file: str
     begin: int | None = None
-    """Byte at which the data begins in a local file."""
+    """Byte at which the data begins in a local file; behind the header, in a file on the Hub."""
     stored: str | None = None
     """Name in the file, where the checkpoint's tensors have been given others."""
 
@@ -68,6 +69,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     folder: Path | None = None
+    """Where it lies with its weights; None where these are on the Hub."""
     revision: str | None = None
     adapter: str | None = None
     touched: frozenset[str] | None = None
@@ -76,6 +78,15 @@ class Checkpoint:
     renamed: bool = False
     """Whether the names of the tensors are others than those in the files."""
     notes: tuple[str, ...] = field(default=())
+    fetched: Path | None = None
+    """Folder of the small files of a model whose weights are on the Hub: tokenizer, card, modules."""
+    remote: RemoteWeights | None = None
+    """The weights on the Hub."""
+
+    @property
+    def beside(self) -> Path | None:
+        """Where what lies beside the weights can be read."""
+        return self.folder if self.folder is not None else self.fetched
 
 
 def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:

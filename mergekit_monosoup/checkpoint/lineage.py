@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,6 +22,7 @@ _RELATED = 0.5
 # A checkpoint is judged by this many of its matrices, and not by fewer than the least.
 SAMPLED_TENSORS, _FEWEST_TENSORS = 9, 3
 _ENTRIES = 1 << 14
+_CONNECTIONS = 8
 _PLAIN = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
 
 
@@ -106,9 +108,13 @@ def check_base(base: Checkpoint, finetuned: Checkpoint) -> str | None:
 
 
 def sampled_relations(base: Checkpoint, finetuned: Checkpoint) -> list[Relation]:
-    """Return how a few matrices of two local checkpoints lie to each other.
+    """Return how a few matrices of two checkpoints lie to each other.
 
-    Reads 16 384 entries from the middle of each of nine matrices, spread over the model.
+    Reads 16 384 entries from the middle of each of nine matrices, spread over the model; of the Hub's files
+    too, where the weights are there.
+
+    Raises:
+        InputError: a file is damaged, or the Hub cannot be reached.
     """
     common = [
         name
@@ -120,9 +126,14 @@ def sampled_relations(base: Checkpoint, finetuned: Checkpoint) -> list[Relation]
     ]
     step = max(1, len(common) // SAMPLED_TENSORS)
     first, second = _Samples(base), _Samples(finetuned)
+    names = common[step // 2 :: step][:SAMPLED_TENSORS]
+    if first.is_remote or second.is_remote:
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            samples = list(pool.map(lambda name: (first(name), second(name)), names))
+    else:
+        samples = [(first(name), second(name)) for name in names]
     relations: list[Relation] = []
-    for name in common[step // 2 :: step][:SAMPLED_TENSORS]:
-        w0, w1 = first(name), second(name)
+    for name, (w0, w1) in zip(names, samples, strict=True):
         found = relation(name, w0, w1) if w0 is not None and w1 is not None and w0.shape == w1.shape else None
         if found is not None:
             relations.append(found)
@@ -136,33 +147,48 @@ def copied(relations: Sequence[Relation]) -> bool:
 
 def can_check(models: Sequence[Checkpoint]) -> bool:
     """Say whether the values of all these checkpoints are at hand."""
-    return all(m.folder is not None for m in models)
+    return all(m.folder is not None or m.remote is not None for m in models)
 
 
 class _Samples:
-    """Entries from the middle of tensors of a local checkpoint."""
+    """Entries from the middle of tensors of a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._pickled: dict[str, Any] = {}
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the weights are on the Hub."""
+        return self._checkpoint.folder is None
+
     def __call__(self, name: str) -> NDArray[np.float64] | None:
         """Return the sample in float64, None where the dtype is none that updates are formed in."""
         tensor, folder = self._checkpoint.tensors[name], self._checkpoint.folder
-        if folder is None or (tensor.dtype != "bfloat16" and tensor.dtype not in _PLAIN):
+        if tensor.dtype != "bfloat16" and tensor.dtype not in _PLAIN:
             return None
         count = min(tensor.size, _ENTRIES)
         start = (tensor.size - count) // 2
         if tensor.begin is None:
+            if folder is None:
+                return None
             return self._of_pickle(folder / tensor.file, tensor.stored or tensor.name, start, count)
         bytes_each = 2 if tensor.dtype == "bfloat16" else np.dtype(_PLAIN[tensor.dtype]).itemsize
-        with (folder / tensor.file).open("rb") as stream:
-            stream.seek(tensor.begin + start * bytes_each)
-            raw = stream.read(count * bytes_each)
+        raw = self._bytes(tensor.file, tensor.begin + start * bytes_each, count * bytes_each)
+        if raw is None:
+            return None
         if tensor.dtype == "bfloat16":
             # bfloat16 is the upper half of float32; numpy has no type of its own for it.
             return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
         return np.frombuffer(raw, _PLAIN[tensor.dtype]).astype(np.float64)
+
+    def _bytes(self, file: str, begin: int, length: int) -> bytes | None:
+        folder, remote = self._checkpoint.folder, self._checkpoint.remote
+        if folder is None:
+            return remote.read(file, begin, length) if remote is not None else None
+        with (folder / file).open("rb") as stream:
+            stream.seek(begin)
+            return stream.read(length)
 
     def _of_pickle(self, file: Path, name: str, start: int, count: int) -> NDArray[np.float64]:
         if file.name not in self._pickled:

@@ -77,8 +77,8 @@ class Vocabularies:
 
     @cached_property
     def unread(self) -> list[str]:
-        """The local checkpoints without a tokenizer that can be read."""
-        return [m.name for m in self._models if m.folder is not None and self._tokens(m) is None]
+        """The checkpoints without a tokenizer that can be read."""
+        return [m.name for m in self._models if m.beside is not None and self._tokens(m) is None]
 
     def _match(self, models: Sequence[Checkpoint], sizes: Mapping[str, int]) -> SharedRows | None:
         if len(models) < 2:
@@ -122,7 +122,7 @@ class Vocabularies:
 
     def _tokens(self, model: Checkpoint) -> dict[str, int] | None:
         if model.name not in self._read:
-            self._read[model.name] = _read_tokens(model.folder) if model.folder is not None else None
+            self._read[model.name] = _read_tokens(model.beside) if model.beside is not None else None
         return self._read[model.name]
 
     @cached_property
@@ -138,14 +138,14 @@ def rows_kept(count: int) -> str:
 
 
 def _has_tokenizer(model: Checkpoint) -> bool:
-    return model.folder is not None and any((model.folder / name).is_file() for name in _FILES)
+    return model.beside is not None and any((model.beside / name).is_file() for name in _FILES)
 
 
 def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
     """Say whether two tokenizers are stored in the same bytes, or one of them is not stored at all."""
     if not (_has_tokenizer(one) and _has_tokenizer(other)):
         return True
-    folders = [folder for folder in (one.folder, other.folder) if folder is not None]
+    folders = [folder for folder in (one.beside, other.beside) if folder is not None]
     held = [{name for name in _FILES if (folder / name).is_file()} for folder in folders]
     # With this file alone the vocabulary is complete.
     names = {"tokenizer.json"} if all("tokenizer.json" in names for names in held) else held[0] | held[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw into this file (PNG, PDF)."
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to compute.")
-@click.option("--lora-merge-cache", type=click.Path(file_okay=False), help="For base+lora: where to merge.")
+@click.option(
+    "--lora-merge-cache", type=click.Path(file_okay=False), help="For adapters that peft has to merge."
+)
 @click.option("--transformers-cache", type=click.Path(file_okay=False), help="For models of the Hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a checkpoint.")
 def align(
@@ -47,16 +50,11 @@ def align(
 
     Prints the average cosine of each pair, its spread over the tensors, which checkpoints sfgs would
     take, and Model Stock's ratios. Reads every file once. Names are those of mergekit recipes:
-    folders, models of the Hub, base+lora, or single weight files.
+    folders, models of the Hub, base+lora, or single weight files. An adapter's update is taken from its
+    factors.
     """
-    from mergekit.common import ModelReference
-    from mergekit.io.tasks import LoaderCache
-    from mergekit.options import MergeOptions
-
     from mergekit_monosoup.alignment.selection import DEFAULT_THRESHOLD
-    from mergekit_monosoup.alignment.stored import align_loaders, loader_for
     from mergekit_monosoup.alignment.summary import summarize
-    from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
 
     if len(checkpoints) < 2:
         raise click.UsageError("give the base and at least two checkpoints fine-tuned from it")
@@ -67,12 +65,7 @@ def align(
         if plot is not None:
             # Before the reading, which may take minutes.
             from mergekit_monosoup.cli import align_plot
-        LoaderCache().setup(MergeOptions(**loading))
-        models = [ModelReference.parse(name) for name in (base, *checkpoints)]
-        loaders = [loader_for(model) for model in models]
-        for model in models:
-            refuse_quantized_checkpoint(model)
-        alignment = align_loaders(loaders[0], loaders[1:], layers, device)
+        alignment = _measure((base, *checkpoints), layers, device, loading)
         summary = summarize(
             alignment.products, alignment.cosines, threshold=threshold, scores=list(scores) or None
         )
@@ -83,6 +76,32 @@ def align(
         click.echo(json.dumps(_as_json(base, checkpoints, threshold, alignment, summary), indent=2))
     else:
         click.echo(_as_text(base, checkpoints, names, threshold, alignment, summary))
+
+
+def _measure(names: tuple[str, ...], layers: Any, device: str, loading: dict[str, Any]) -> Alignment:
+    """Read base and checkpoints, adapters by their factors as a merge does."""
+    from mergekit.common import ModelReference
+    from mergekit.config import InputModelDefinition, MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.options import MergeOptions
+
+    from mergekit_monosoup.alignment.stored import align_loaders, loader_for
+    from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
+    from mergekit_monosoup.merging.adapters import adapters_opened, stored_model
+    from mergekit_monosoup.methods.merge import Merge
+    from mergekit_monosoup.methods.sfgs import refinement
+
+    options = MergeOptions(**loading)
+    LoaderCache().setup(options)
+    models = [ModelReference.parse(name) for name in names]
+    inputs = [InputModelDefinition(model=model) for model in models[1:]]
+    config = MergeConfiguration(merge_method="sfgs", base_model=models[0], models=inputs)
+    with tempfile.TemporaryDirectory() as folder, adapters_opened(config, options, Path(folder) / "merged"):
+        loaders = [loader_for(model) for model in models]
+        for model in models:
+            refuse_quantized_checkpoint(stored_model(model))
+        refine = refinement(models[0], models[1:], Merge(models[0], tuple(models[1:])))
+        return align_loaders(loaders[0], loaders[1:], layers, device, refine)
 
 
 def _short_names(checkpoints: tuple[str, ...]) -> list[str]:

@@ -37,9 +37,9 @@ def plan(
 ) -> None:
     """Check the recipe CONFIG_FILE and say what the merge will do.
 
-    Reads configuration files and the headers of safetensors files; of local models also a few entries,
-    to see whether the base is the base. Nothing is downloaded but headers and configurations. The exit
-    status is 0 only if the merge would run.
+    Reads configuration files, tokenizers, the headers of safetensors files and a few entries, to see
+    whether the base is the base. That much, and adapters that peft has to place, is downloaded of models
+    on the Hub. The exit status is 0 only if the merge would run.
     """
     # Before numpy is imported: the calibration runs on one core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

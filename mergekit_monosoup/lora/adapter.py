@@ -177,7 +177,7 @@ def read_adapter(source: str) -> Adapter:
     if not pairs and not full:
         raise AdapterError(f"adapter {source} holds no LoRA factors")
     modules = _modules(source, config, tensors, pairs)
-    tensors, settings = with_peft_layout(source, folder, settings, tensors, modules)
+    tensors, settings = with_peft_layout(source, settings, tensors, modules)
     for key in biases:
         if key.removesuffix(_BIAS) not in pairs:
             raise AdapterError(f"adapter {source}: {key} has no factors beside it")

@@ -24,12 +24,11 @@ from mergekit_monosoup.merging.files import (
     source_of,
     tensors_in,
 )
+from mergekit_monosoup.merging.layer_settings import layers_key
 from mergekit_monosoup.merging.modules import copy_modules
 from mergekit_monosoup.merging.tokenizers import chat_template_in, has_vocabulary, set_chat_template
 
 LOG = logging.getLogger(__name__)
-
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def complete(folder: str | Path, source: str | Path) -> list[str]:
@@ -81,11 +80,12 @@ def _remove_others(out: Path, brought: Sequence[str], model: str) -> None:
 
 
 def _layers(recipe: Mapping[str, Any], source: Path) -> Mapping[str, Sequence[int]]:
-    if not recipe.get("slices"):
+    modules = [""] if recipe.get("slices") else list(recipe.get("modules") or {})
+    if not modules:
         return {}
     config = read_config(source)
-    key = next((key for key in _LAYER_KEYS if key in config), _LAYER_KEYS[0])
-    return layer_sources(MergeConfiguration.model_validate(recipe), {"": key})
+    keys = {module: layers_key(config, module) for module in modules}
+    return layer_sources(MergeConfiguration.model_validate(recipe), keys)
 
 
 def _recipe_of(out: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_monosoup.checkpoint.headers import StoredTensor
+from mergekit_monosoup.merging.layer_settings import renumber_layers
+
+LOG = logging.getLogger(__name__)
 
 Tensors = Mapping[str, StoredTensor]
 
@@ -45,7 +49,7 @@ def written_config(
     - `tie_word_embeddings`: as the files are; false where they hold a head of their own;
     - `dtype`: that of most of the written parameters;
     - `vocab_size`: the rows of the written embedding, where they are others than the checkpoint's;
-    - the number of layers and their types, where the recipe has changed them;
+    - the number of layers, and what is said of single ones, where the recipe has changed them;
     - `quantization_config`, and `_name_or_path` where it is a local one: gone.
 
     Args:
@@ -203,11 +207,14 @@ def _set_layers(config: dict[str, Any], key: str, sources: Sequence[int]) -> Non
         part = part[step]
     before = part.get(last)
     part[last] = len(sources)
-    for name, value in part.items():
-        # One entry a layer, such as `layer_types`.
-        each = isinstance(value, list) and len(value) == before and re.search("layer|block", name)
-        if each and (all(isinstance(entry, str) for entry in value) or name == "no_rope_layers"):
-            part[name] = [value[source] for source in sources]
+    untrue = renumber_layers(part, before, sources) if isinstance(before, int) else []
+    if untrue:
+        LOG.warning(
+            "config.json says by %s which layers are of which kind, and slices moved them; check that it "
+            "is true of the %d layers of the result",
+            " and ".join(untrue),
+            len(sources),
+        )
 
 
 def _named(tensors: Tensors, endings: tuple[str, ...]) -> str | None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelPath, ModelReference
@@ -20,6 +21,7 @@ from mergekit_monosoup.checkpoint.headers import StoredTensor, bytes_per_entry, 
 from mergekit_monosoup.checkpoint.hub import fetch_companions
 from mergekit_monosoup.errors import ConfigurationError, InputError, OutputError
 from mergekit_monosoup.merging.configuration import Tensors, write_config, written_config
+from mergekit_monosoup.merging.layer_settings import layers_key
 from mergekit_monosoup.merging.tokenizers import renumber, set_chat_template, tokenizer_files
 
 LOG = logging.getLogger(__name__)
@@ -131,9 +133,8 @@ def write_beside(
     brought = bring_files(
         source, out, own_tokenizer=own, copy_tokenizer=options.copy_tokenizer, beneath=described_by
     )
-    keys = [module.architecture.num_layers_config_key() for module in arch.modules.values()]
-    layers = layer_sources(config, dict(zip(arch.modules, keys, strict=True)))
     described = described_by or source.folder
+    layers = layer_sources(config, _layer_keys(arch, read_config(described)))
     put_config_right(described, out, layers=layers, before=tensors_in(described))
     if tokenizer is not None:
         host.save_tokenizer(config, tokenizer, str(out))
@@ -218,7 +219,17 @@ def put_config_right(
     write_config(out / "config.json", (source / "config.json").read_bytes(), content, right)
 
 
-def layer_sources(config: MergeConfiguration, keys: Mapping[str, str]) -> dict[str, list[int]]:
+def _layer_keys(arch: ModelArchitecture, content: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the key of the number of layers of each module; what mergekit infers itself has none."""
+    keys = {}
+    for name, module in arch.modules.items():
+        known = module.architecture
+        count = getattr(getattr(known, "definition", None), "override_num_layers", None)
+        keys[name] = known.num_layers_config_key() or layers_key(content, name, count)
+    return keys
+
+
+def layer_sources(config: MergeConfiguration, keys: Mapping[str, str | None]) -> dict[str, list[int]]:
     """Return from which layer each layer of the result is, where a recipe of slices says so.
 
     Args:
@@ -229,6 +240,8 @@ def layer_sources(config: MergeConfiguration, keys: Mapping[str, str]) -> dict[s
     for module, key in keys.items():
         owner = (config.modules or {}).get(module)
         slices = owner.slices if owner is not None else config.slices
+        if slices and not key:
+            LOG.warning("config.json says nowhere how many layers %s has; put it right by hand", module)
         if key and slices:
             found[key] = [i for part in slices for i in range(*part.sources[0].layer_range)]
     return found

@@ -98,7 +98,11 @@ def _merged(
     tuned = [model for model in states if model != base and (taken is None or model in taken)]
     if (ours and base not in states) or not tuned:
         why = "the base does not have it" if base not in states else "only the base has it"
-        LOG.warning("module %s keeps the weights of the checkpoint that the files come from: %s", module, why)
+        # What the base lacks, the plan has said.
+        level = logging.INFO if base not in states else logging.WARNING
+        LOG.log(
+            level, "module %s keeps the weights of the checkpoint that the files come from: %s", module, why
+        )
         return dict(own), [Outcome(name, "kept", why) for name in own]
     if ours and base is not None:
         method, parameters = config.merge_method, _parameters(config, tuned, own, module)

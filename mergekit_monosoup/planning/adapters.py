@@ -10,7 +10,7 @@ from typing import Any
 from mergekit_monosoup.checkpoint.adapter_folder import AdapterFolder, read_adapter_folder
 from mergekit_monosoup.checkpoint.documents import first_line
 from mergekit_monosoup.checkpoint.headers import Checkpoint
-from mergekit_monosoup.checkpoint.hub import cached_adapter
+from mergekit_monosoup.checkpoint.hub import adapter_on_hub, cached_adapter
 from mergekit_monosoup.errors import AdapterError, MonoSoupError, UnsupportedAdapterError
 
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -39,7 +39,7 @@ def touched_tensors(reference: str, adapter: str, base: Checkpoint) -> frozenset
     """Return the tensors of the base that an adapter changes; None where that is not known before the merge.
 
     Of plain LoRA the header says it. Otherwise peft places the adapter on an empty model of the base's
-    class, as the merge does; that takes seconds.
+    class, as the merge does; that takes seconds, and the download of the adapter.
 
     Args:
         reference: base and adapter, as mergekit spells them.
@@ -50,13 +50,11 @@ def touched_tensors(reference: str, adapter: str, base: Checkpoint) -> frozenset
         InputError: damaged, or not of this base.
     """
     folder = Path(adapter) if Path(adapter).exists() else cached_adapter(adapter)
-    if folder is None:
-        return None
-    found = read_adapter_folder(adapter, folder)
+    found = adapter_on_hub(adapter) if folder is None else read_adapter_folder(adapter, folder)
     if not base.shapes_known:
         return None
-    plain = _by_header(found, base)
-    return plain if plain is not None or base.folder is None else _by_peft(reference, adapter, base)
+    plain = _by_header(found, base) if found is not None else None
+    return plain if plain is not None else _by_peft(reference, adapter, base)
 
 
 def _by_header(adapter: AdapterFolder, base: Checkpoint) -> frozenset[str] | None:

@@ -124,7 +124,7 @@ def _check_tokenizer(recipe: Recipe, models: Mapping[str, Checkpoint], problems:
         wanted.append(str(parse_reference(source)))
     for name in wanted:
         checkpoint = models.get(name)
-        folder = checkpoint.folder if checkpoint is not None else Path(name)
+        folder = checkpoint.beside if checkpoint is not None else Path(name)
         known = folder is not None and folder.is_dir()
         if known and folder is not None and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
             problems.error(

@@ -45,7 +45,7 @@ def plan_tensors(
         _check_kinds(recipe, models, allow_crimes, method.ours, problems)
         if problems.errors:
             return []
-        base = _base(recipe, models)
+        base = base_of(recipe, models)
         ordered = in_order(recipe, models)
         # Recipes of slices and modules speak of the parts of mergekit's definition.
         by_name = not (allow_crimes or recipe.data.get("slices") or recipe.data.get("modules"))
@@ -134,14 +134,15 @@ def _plan_by_name(
     return planner.planned
 
 
-def _base(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Checkpoint | None:
+def base_of(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Checkpoint | None:
+    """Return the base of a recipe, None where it names none."""
     value = recipe.data.get("base_model")
     return models.get(str(parse_reference(value))) if value is not None else None
 
 
 def in_order(recipe: Recipe, models: Mapping[str, Checkpoint]) -> list[Checkpoint]:
     """Return the checkpoints of a recipe, the fine-tuned ones as they are listed and the base last."""
-    base = _base(recipe, models)
+    base = base_of(recipe, models)
     listed = dict.fromkeys(str(parse_reference(use.name)) for use in model_uses(recipe))
     ordered = [models[name] for name in listed if models[name] is not base]
     return ordered if base is None else [*ordered, base]
@@ -175,7 +176,7 @@ def _architecture(
         # mergekit would infer from the names in the files.
         return None
     if all(checkpoint.folder is not None for checkpoint in models.values()):
-        return inferred_architecture(list(models.values()), _base(recipe, models))
+        return inferred_architecture(list(models.values()), base_of(recipe, models))
     problems.warning(
         f"mergekit has no definition of {architecture_name(first)}; it will look at the weights after their "
         "download, and this plan goes by the names in the headers"
@@ -226,7 +227,7 @@ def _slices(
     problems: Problems,
 ) -> list[tuple[OutputSlice, int | None]]:
     """Return the output slices of a `models:` or `slices:` block, base included."""
-    base = _base(recipe, models)
+    base = base_of(recipe, models)
     if owner.get("models"):
         line = recipe.line(*path, "models")
         sources = [

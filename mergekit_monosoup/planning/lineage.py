@@ -62,7 +62,7 @@ def _names_as_base(child: Checkpoint, parent: Checkpoint) -> bool:
     """Say whether the card of one checkpoint names another as what it was fine-tuned from."""
     path = parse_reference(parent.name).path.rstrip("/").lower()
     last = Path(path).name
-    for declared in map(str.lower, declared_bases(child.folder) if child.folder is not None else ()):
+    for declared in map(str.lower, declared_bases(child.beside) if child.beside is not None else ()):
         # Folders are mostly called like the model; `base` or `output` is no such name.
         if declared == path or (Path(declared).name == last and re.search(r"\d", last)):
             return True

@@ -16,6 +16,7 @@ from mergekit_monosoup.planning.inputs import check_inputs, check_output
 from mergekit_monosoup.planning.layout import in_order, plan_tensors
 from mergekit_monosoup.planning.lineage import check_lineage
 from mergekit_monosoup.planning.models import parse_reference, read_models
+from mergekit_monosoup.planning.modules import plan_modules
 from mergekit_monosoup.planning.planned import PlannedTensor
 from mergekit_monosoup.planning.problems import Problems, nearest, short
 from mergekit_monosoup.planning.recipe import Recipe, check_shape, read_recipe
@@ -92,7 +93,9 @@ def make_plan(text: str, options: PlanOptions | None = None) -> Plan:
                 allow_crimes=options.allow_crimes,
                 truncate_embeddings=options.truncate_embeddings,
             )
-            check_filters(recipe, [tensor.tensor for tensor in tensors], problems)
+            if tensors and not problems.errors:
+                tensors += plan_modules(recipe, method, models, problems)
+            check_filters(recipe, [_as_filtered(tensor.tensor) for tensor in tensors], problems)
     _check_adapters(models, problems)
     where = options.out or Path.cwd()
     free = free_bytes(where)
@@ -103,6 +106,11 @@ def make_plan(text: str, options: PlanOptions | None = None) -> Plan:
         )
     cost = estimate(tensors, calibrate()) if tensors and options.costs else None
     return Plan(problems, method, models, tensors, cost, free)
+
+
+def _as_filtered(tensor: str) -> str:
+    """Return what filters see of a name: of a module's tensor a point behind its folder."""
+    return ".".join(tensor.rsplit("/", 1))
 
 
 def _method(recipe: Recipe, methods: Mapping[str, Method], problems: Problems) -> Method | None:
