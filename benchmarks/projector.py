@@ -19,7 +19,7 @@ from common import Table, in_turn
 from scipy.linalg import blas, lapack
 
 from mergekit_monosoup.spectral.crew import at_work
-from mergekit_monosoup.spectral.eigen import TridiagonalEigen
+from mergekit_monosoup.spectral.kernels.eigen import TridiagonalEigen
 from mergekit_monosoup.spectral.split import split_index
 
 KINDS = ("gaussian", "tuned")

@@ -14,8 +14,8 @@ from stand_ins import script
 from threadpoolctl import threadpool_info
 
 from mergekit_monosoup.spectral import edit_update, edit_weight
-from mergekit_monosoup.spectral.compiled import gemm, syrk
 from mergekit_monosoup.spectral.crew import at_work, crew, torch_threads
+from mergekit_monosoup.spectral.kernels.compiled import gemm, syrk
 from mergekit_monosoup.spectral.precision import full_float32
 from mergekit_monosoup.spectral.products import GramSum
 

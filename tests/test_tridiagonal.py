@@ -8,12 +8,12 @@ import spectra
 import torch
 from scipy.linalg import lapack
 
-from mergekit_monosoup.spectral import tridiagonal
-from mergekit_monosoup.spectral.compiled import tridiagonal_form
 from mergekit_monosoup.spectral.crew import at_work, torch_threads
-from mergekit_monosoup.spectral.eigen import TridiagonalEigen
-from mergekit_monosoup.spectral.reflectors import Reflectors
-from mergekit_monosoup.spectral.tridiagonal import SymmetricTridiagonal
+from mergekit_monosoup.spectral.kernels import tridiagonal
+from mergekit_monosoup.spectral.kernels.compiled import tridiagonal_form
+from mergekit_monosoup.spectral.kernels.eigen import TridiagonalEigen
+from mergekit_monosoup.spectral.kernels.reflectors import Reflectors
+from mergekit_monosoup.spectral.kernels.tridiagonal import SymmetricTridiagonal
 
 KINDS = (
     "random",

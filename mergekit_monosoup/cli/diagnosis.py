@@ -259,6 +259,12 @@ def notes() -> list[str]:
     version = installed_version("mergekit")
     if version is not None and not supported(version):
         found.append(f"mergekit {version} is outside the supported range {MERGEKIT_REQUIREMENT}")
+    with contextlib.suppress(ImportError):
+        from mergekit_monosoup.spectral.kernels import why_not
+
+        reason = why_not()
+        if reason is not None:
+            found.append(f"edits on the CPU are left to torch, and take about twice as long: {reason}")
     return found
 
 

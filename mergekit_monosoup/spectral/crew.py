@@ -146,8 +146,6 @@ def at_work(device: torch.device, entries: int | None = None) -> Iterator[None]:
             with _ONE_BLAS_THREAD:
                 yield
             return
-        # Asked before any thread of ours is busy.
-        threads_sleep()
         with ThreadPoolExecutor(size - 1, "edit", _begin) as pool:
             token = _CURRENT.set(Crew(pool, size))
             try:

@@ -8,6 +8,8 @@ with contiguous rows or contiguous columns, and nothing is copied.
 from __future__ import annotations
 
 import ctypes
+import re
+import sys
 from ctypes import byref, c_char, c_double, c_float, c_int64
 from typing import Any
 
@@ -17,32 +19,72 @@ from scipy.linalg import cython_blas, cython_lapack
 _LOWER, _PLAIN, _TRANSPOSED = c_char(b"L"), c_char(b"N"), c_char(b"T")
 
 
-def _routine(module: Any, name: str, arguments: int) -> Any:
+PROBLEMS: list[str] = []
+"""Why these routines must not be called, if there is a reason."""
+
+# Pointers in the C declaration that a routine's capsule carries.
+_KINDS = {"char *": "c", "int *": "i", "float *": "s", "double *": "d"}
+_SCIPYS_OWN = re.compile(r"__pyx_t_\w+_([sd]) \*")
+
+
+def signature(declaration: str) -> str:
+    """Return a letter for each argument of a declaration in C: c(har), i(nt), s(ingle), d(ouble), or ?."""
+    inside = re.fullmatch(r"void \((.*)\)", declaration)
+    if inside is None:
+        return "?"
+    arguments = inside.group(1).split(", ")
+    return "".join(
+        own.group(1) if (own := _SCIPYS_OWN.fullmatch(argument)) else _KINDS.get(argument, "?")
+        for argument in arguments
+    )
+
+
+def _routine(module: Any, name: str, arguments: str) -> Any:
+    """Return a routine, or note why there is none.
+
+    Args:
+        module: of scipy, with declarations and addresses of its routines.
+        name: of the routine.
+        arguments: its signature.
+    """
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     label = ctypes.pythonapi.PyCapsule_GetName
     label.restype, label.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    capsule = module.__pyx_capi__[name]
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(pointer(capsule, label(capsule)))
+    capsule = module.__pyx_capi__.get(name)
+    if capsule is None:
+        PROBLEMS.append(f"scipy exports no {name}")
+        return None
+    declared = label(capsule)
+    if signature(declared.decode()) != arguments:
+        PROBLEMS.append(f"scipy declares {name} as {declared.decode()}")
+        return None
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * len(arguments))(pointer(capsule, declared))
 
 
-def _both(module: Any, name: str, arguments: int) -> dict[Any, Any]:
-    """Return the routine for float32 and for float64."""
+def _both(module: Any, name: str, arguments: str) -> dict[Any, Any]:
+    """Return the routine for float32 and for float64; an `x` of the signature is a number."""
     kinds = {np.dtype(np.float32): "s", np.dtype(np.float64): "d"}
-    return {dtype: _routine(module, letter + name, arguments) for dtype, letter in kinds.items()}
+    return {
+        dtype: _routine(module, letter + name, arguments.replace("x", letter))
+        for dtype, letter in kinds.items()
+    }
 
 
-_GEMM = _both(cython_blas, "gemm", 13)
-_SYRK = _both(cython_blas, "syrk", 10)
-_SYR2K = _both(cython_blas, "syr2k", 12)
-_LATRD = _both(cython_lapack, "latrd", 9)
-_SYTD2 = _both(cython_lapack, "sytd2", 8)
-_STERF = _routine(cython_lapack, "dsterf", 4)
-_LAR1V = _routine(cython_lapack, "dlar1v", 21)
+if sys.byteorder != "little":
+    PROBLEMS.append("integers have their first byte last")
+
+_GEMM = _both(cython_blas, "gemm", "cciiixxixixxi")
+_SYRK = _both(cython_blas, "syrk", "cciixxixxi")
+_SYR2K = _both(cython_blas, "syr2k", "cciixxixixxi")
+_LATRD = _both(cython_lapack, "latrd", "ciixixxxi")
+_SYTD2 = _both(cython_lapack, "sytd2", "cixixxxi")
+_STERF = _routine(cython_lapack, "dsterf", "iddi")
+_LAR1V = _routine(cython_lapack, "dlar1v", "iii" + "d" * 8 + "iiddii" + "d" * 4)
 
 
 def _int(value: int) -> Any:
-    # Libraries with integers of 32 bits read the first half of it, on all processors in use.
+    # Libraries with integers of 32 bits read the first half of it, those with 64 bits all.
     return byref(c_int64(value))
 
 

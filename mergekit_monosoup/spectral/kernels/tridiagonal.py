@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from scipy.linalg import eigh_tridiagonal, lapack
 
-from mergekit_monosoup.spectral.compiled import TwistedVector, tridiagonal_values
 from mergekit_monosoup.spectral.crew import crew
+from mergekit_monosoup.spectral.kernels.compiled import TwistedVector, tridiagonal_values
 
-# Neighbours whose distance, relative to the spread of the spectrum, is less are made orthogonal afterwards.
-_CLOSE = 1e-10
+# Neighbours closer than this, relative to the spread of the spectrum, are made orthogonal afterwards: the
+# others are so to a few 1e-7, as float32 is, whatever the last digits of the processor.
+_CLOSE = 1e-9
 # How much of a vector must be left when the others of its group are taken out of it.
 _INDEPENDENT = 0.05
 # Residual, relative to the spread of the spectrum, from which a vector is none.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import lapack
 
-from mergekit_monosoup.spectral.compiled import gemm
+from mergekit_monosoup.spectral.kernels.compiled import gemm
 
 # Reflectors that are applied together.
 _BLOCK = 128
