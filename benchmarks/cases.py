@@ -27,6 +27,7 @@ KINDS = {
     "tuned": "rank 16 over a power law i^-1/2, 1 % of the norm of W0, as fine-tuning leaves it",
     "power": "power law 1/i, 1 % of the norm of W0",
     "lora": "rank 16, 1 % of the norm of W0",
+    "spiked": "rank 24, falling to 1/16, over independent noise of half its size, 1 % of the norm of W0",
 }
 COEFFICIENT_TOLERANCE = 1e-4
 WEIGHT_TOLERANCE = 5e-5
@@ -48,6 +49,9 @@ def _update(kind: str, rows: int, columns: int, generator: torch.Generator) -> T
 
     if kind == "gaussian":
         return normal(rows, columns)
+    if kind == "spiked":
+        head = (normal(rows, 24) * torch.logspace(0, -4, 24, base=2.0)) @ normal(24, columns)
+        return head / head.std() + normal(rows, columns) / 2
     rank = min(16 if kind == "lora" else rows, rows, columns)
     i = torch.arange(1.0, rank + 1)
     spectrum = {"lora": torch.ones(rank), "power": 1 / i, "tuned": i**-0.5 * torch.where(i <= 16, 4.0, 1.0)}

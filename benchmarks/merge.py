@@ -1,4 +1,4 @@
-"""Time and peak memory of whole merges by stock mergekit-yaml, as ratios to `linear` on the same files."""
+"""Time and peak memory of whole merges, as ratios to `linear` by stock mergekit-yaml on the same files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ FULL = {"layers": 28, "vocabulary": 151_936}
 QUICK = {"layers": 4, "vocabulary": 4096}
 # Embeddings above this many entries are not decomposed in float64 by the check.
 LARGEST_CHECKED = 8_000_000
+OWN = "monosoup by mergekit-monosoup merge"
 # Shards small enough that writing one can overlap computing the next.
 ASYNC = ("--async-write", "--out-shard-size", "400M")
 
@@ -39,14 +40,15 @@ def _run(folder: Path, options: argparse.Namespace) -> None:
 
     runs: dict[str, list[Run]] = {}
 
-    def run(label: str, method: str, tuned: int, *flags: str) -> None:
-        found = merge(full, recipe(full, method, tuned), *flags)
+    def run(label: str, method: str, tuned: int, *flags: str, ours: bool = False) -> None:
+        found = merge(full, recipe(full, method, tuned), *flags, ours=ours)
         runs.setdefault(label, []).append(found)
         print(f"{label}: {found.seconds:.1f} s, {found.peak / 2**20:.0f} MiB", flush=True)
 
     for turn in range(options.turns):
         run("linear", "linear", 1)
         run("monosoup", "monosoup", 1)
+        run(OWN, "monosoup", 1, ours=True)
         if turn == 0:
             run("monosoup --async-write", "monosoup", 1, *ASYNC)
             if several:
@@ -59,6 +61,8 @@ def _run(folder: Path, options: argparse.Namespace) -> None:
     peaks = {label: statistics.median(r.peak for r in found) for label, found in runs.items()}
     figures = {
         "monosoup over linear, time": seconds["monosoup"] / seconds["linear"],
+        f"{OWN} over linear, time": seconds[OWN] / seconds["linear"],
+        f"{OWN} over linear, peak memory": peaks[OWN] / peaks["linear"],
         "monosoup --async-write over linear, time": seconds["monosoup --async-write"] / seconds["linear"],
         "monosoup above linear, peak memory in copies": (peaks["monosoup"] - peaks["linear"]) / copy,
     }

@@ -13,6 +13,7 @@ from common import Run, run_child
 
 HELPER = Path(__file__).with_name("checkpoints.py")
 OPTIONS = ("--no-copy-tokenizer", "--quiet")
+OURS = (sys.executable, "-m", "mergekit_monosoup", "merge")
 
 
 def write_checkpoints(folder: Path, layers: int, vocabulary: int, tuned: int = 1) -> None:
@@ -53,14 +54,19 @@ def recipe(folder: Path, method: str, tuned: int = 1) -> dict[str, Any]:
     return {**config, "models": models}
 
 
-def merge(folder: Path, config: dict[str, Any], *options: str, keep: Path | None = None) -> Run:
-    """Run `mergekit-yaml` on a configuration in a fresh process and drop what it wrote, unless it is kept."""
+def merge(
+    folder: Path, config: dict[str, Any], *options: str, keep: Path | None = None, ours: bool = False
+) -> Run:
+    """Run a configuration in a fresh process and drop what it wrote, unless it is kept.
+
+    By `mergekit-yaml`, or by our own command.
+    """
     out = keep or folder / "merged"
     shutil.rmtree(out, ignore_errors=True)
     file = folder / "config.yml"
     file.write_text(json.dumps(config), encoding="utf-8")
     try:
-        return run_child([*command(), file, out, *OPTIONS, *options])
+        return run_child([*(OURS if ours else command()), file, out, *OPTIONS, *options])
     finally:
         if keep is None:
             shutil.rmtree(out, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Any
 from common import shown
 
 HERE = Path(__file__).resolve().parent
-ORDER = ("spectral", "memory", "merge", "growth", "floor", "projector", "gpu")
+ORDER = ("spectral", "memory", "merge", "growth", "floor", "projector", "kernels", "gpu")
 # What is asked of a figure: (benchmark, figure, wording, must, aim, beyond, whether more is better).
 ASKED = (
     (
@@ -23,7 +23,43 @@ ASKED = (
         True,
     ),
     ("spectral", "speed-up, least", "the same, least of all kinds of update", 3.0, 4.0, 6.0, True),
-    ("merge", "monosoup over linear, time", "whole merge over a `linear` merge, time", 3.8, 3.0, 2.0, False),
+    (
+        "spectral",
+        "speed-up, sides of 512 to 576, least",
+        "the same, sides of 512 to 576",
+        2.5,
+        3.5,
+        None,
+        True,
+    ),
+    (
+        "spectral",
+        "second passes, share of edits",
+        "edits that decompose twice, share",
+        0.02,
+        0.0,
+        None,
+        False,
+    ),
+    (
+        "merge",
+        "monosoup by mergekit-monosoup merge over linear, time",
+        "whole merge by our command over a `linear` merge by mergekit-yaml, time",
+        2.5,
+        2.0,
+        None,
+        False,
+    ),
+    (
+        "merge",
+        "monosoup by mergekit-monosoup merge over linear, peak memory",
+        "the same, peak memory",
+        0.6,
+        None,
+        None,
+        False,
+    ),
+    ("merge", "monosoup over linear, time", "whole merge by mergekit-yaml, time", 3.8, 3.0, 2.0, False),
     (
         "memory",
         "copies, largest matrix of a layer",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import common
 import torch
 from cases import EMBEDDING, KINDS, LAYER_MATRICES, LAYERS, check, full_svd, pair
 from common import Table, in_turn, shown
 
-from mergekit_monosoup.spectral import edit_weight
+from mergekit_monosoup.spectral import edit_weight, spectrum
 
 INPUTS = [
     ("gaussian", torch.bfloat16),
@@ -15,7 +17,12 @@ INPUTS = [
     ("gaussian", torch.float32),
     ("power", torch.float32),
     ("lora", torch.float32),
+    ("spiked", torch.bfloat16),
+    ("spiked", torch.float32),
 ]
+# Attention heads, bases of adapters, SmolLM2's 576.
+SMALL = ((128, 128), (256, 256), (512, 512), (576, 576), (1536, 576))
+SMALL_INPUTS = [("tuned", torch.bfloat16), ("tuned", torch.float32), ("spiked", torch.bfloat16)]
 # A thin SVD of all 151,936 rows takes some seven float32 copies of 622 MB; its time per row does not
 # depend on the number of rows once they are many times the columns.
 SVD_ROWS = 16_384
@@ -37,6 +44,10 @@ def main() -> None:
         tables.append(table)
         print(f"{name}: {shown(figures[f'speed-up, {name}'])}", flush=True)
     figures["speed-up, least"] = min(figures.values())
+    table, small = _small(repeats)
+    tables.append(table)
+    figures |= small
+    figures["second passes, share of edits"] = _PASSES.repeated / _PASSES.edits
     if not options.no_embedding:
         table, figures["speed-up, embedding"] = _embedding(options.quick)
         tables.append(table)
@@ -55,7 +66,8 @@ def _layer(kind: str, dtype: torch.dtype, divisor: int, repeats: int) -> tuple[T
     for seed, (name, (shape, count)) in enumerate(LAYER_MATRICES.items()):
         rows, width = (side // divisor for side in shape)
         base, tuned = pair(kind, rows, width, dtype, seed)
-        result, record = edit_weight(base, [tuned])
+        with _PASSES:
+            result, record = edit_weight(base, [tuned])
         check(result, record, base, tuned)
         best = in_turn(
             {
@@ -81,6 +93,62 @@ def _layer(kind: str, dtype: torch.dtype, divisor: int, repeats: int) -> tuple[T
         f"all of {LAYERS} layers", "", "", LAYERS * 1e3 * svd_total, LAYERS * 1e3 * edit_total, ratio, "", ""
     )
     return table, ratio
+
+
+def _small(repeats: int) -> tuple[Table, dict[str, float]]:
+    columns = ("shape", "update", "full SVD", "edit", "ratio", "k", "backend")
+    table = Table("small sides", columns, note=NOTE)
+    ratios = {}
+    for rows, width in SMALL:
+        for kind, dtype in SMALL_INPUTS:
+            base, tuned = pair(kind, rows, width, dtype)
+            with _PASSES:
+                result, record = edit_weight(base, [tuned])
+            check(result, record, base, tuned)
+            best = in_turn(
+                {
+                    "svd": lambda base=base, tuned=tuned: full_svd(base, tuned).weight.to(base.dtype),
+                    "edit": lambda base=base, tuned=tuned: edit_weight(base, [tuned]),
+                },
+                3 * repeats,
+            )
+            ratios[rows, width, kind, dtype] = best["svd"] / best["edit"]
+            table.add(
+                f"{rows} x {width}",
+                f"{kind} {_short(dtype)}",
+                1e3 * best["svd"],
+                1e3 * best["edit"],
+                best["svd"] / best["edit"],
+                int(record.k),
+                record.matrices[0].backend,
+            )
+    wide = [ratio for (_, width, *_), ratio in ratios.items() if width >= 512]
+    return table, {"speed-up, sides of 512 to 576, least": min(wide)}
+
+
+class _Passes:
+    """Counts edits that decompose more than one Gram matrix of the whole update."""
+
+    def __init__(self) -> None:
+        self.edits = self.repeated = 0
+        self._calls = 0
+
+    def __enter__(self) -> None:
+        self._calls = 0
+        self._original = spectrum.gram_decomposition
+        spectrum.gram_decomposition = self._counted
+
+    def __exit__(self, *_: object) -> None:
+        spectrum.gram_decomposition = self._original
+        self.edits += 1
+        self.repeated += self._calls > 1
+
+    def _counted(self, *arguments: Any) -> Any:
+        self._calls += 1
+        return self._original(*arguments)
+
+
+_PASSES = _Passes()
 
 
 def _embedding(quick: bool) -> tuple[Table, float]:
