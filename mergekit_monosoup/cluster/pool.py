@@ -1,14 +1,17 @@
 """Workers of one kind on a Ray cluster, and the jobs that they have in hand.
 
 What a command does on many machines is a class whose methods each do one job: `merging.on_ray.Worker` for
-units of a merge, `inspecting.Inspector` for tensors of an inspection. Ray starts a lost worker again and does
-again what it had, so a job must come to the same when it is done twice.
+units of a merge, `inspection_on_ray.Inspector` for tensors of an inspection. Ray starts a lost worker again
+and does again what it had, so a job must come to the same when it is done twice.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +115,29 @@ def node() -> str:
     return str(ray.get_runtime_context().get_node_id())[:8]
 
 
-def running_kernel() -> str:
-    """Return what tells this machine from others; processes of the same one share its cache of the disk."""
+@dataclass(frozen=True)
+class Driver:
+    """The process that workers work for: its folder, and what tells its machine from others."""
+
+    folder: str
+    kernel: str
+
+    @classmethod
+    def here(cls) -> Driver:
+        """Return this process."""
+        return cls(os.getcwd(), _running_kernel())
+
+    def follow(self) -> None:
+        """Work in the driver's folder, where there is one, so that relative paths mean the same."""
+        with suppress(OSError):
+            os.chdir(self.folder)
+
+    def shares_memory(self) -> bool:
+        """Say whether this process is on the driver's machine, and so has its cache of the disk."""
+        return self.kernel == _running_kernel()
+
+
+def _running_kernel() -> str:
     try:
         return _BOOT.read_text("ascii").strip()
     except OSError:

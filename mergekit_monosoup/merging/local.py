@@ -18,6 +18,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_monosoup import host
+from mergekit_monosoup.merging.room import Room
 from mergekit_monosoup.merging.units import PlannedUnits, Unit, compute
 
 T = TypeVar("T")
@@ -56,7 +57,7 @@ def run_units(
     workers = torch.get_num_threads() if on_cpu else len(devices)
     storage = options.device if options.low_cpu_memory else "cpu"
     free = psutil.virtual_memory().available / (2 * _COPIES)
-    room = _Room(min((workers + 1) * max(map(_bytes, units), default=0), int(free)))
+    room = Room(min((workers + 1) * max(map(_bytes, units), default=0), int(free)))
 
     def prepare() -> None:
         # mergekit keeps the options of its loaders by thread, torch its number of threads.
@@ -101,31 +102,6 @@ def run_units(
         part.result()
 
 
-class _Room:
-    """A bound on the bytes in flight; a unit larger than all of it goes alone."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._held = 0
-        self._open = False
-        self._changed = threading.Condition()
-
-    def enter(self, size: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._open or not self._held or self._held + size <= self._size)
-            self._held += size
-
-    def leave(self, size: int) -> None:
-        with self._changed:
-            self._held -= size
-            self._changed.notify_all()
-
-    def open(self) -> None:
-        with self._changed:
-            self._open = True
-            self._changed.notify_all()
-
-
 def _bytes(unit: Unit) -> int:
     return unit.size * unit.dtype.itemsize
 
@@ -140,7 +116,7 @@ def _devices(options: MergeOptions) -> list[str | torch.device]:
 
 
 def _read(
-    units: Iterable[Unit], room: _Room, prepare: Callable[[], None]
+    units: Iterable[Unit], room: Room, prepare: Callable[[], None]
 ) -> Iterator[tuple[Unit, Mapping[Task[Any], Any]]]:
     prepare()
     mapped = 0

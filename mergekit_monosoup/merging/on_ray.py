@@ -27,7 +27,7 @@ from mergekit_monosoup import host
 from mergekit_monosoup.alignment.stored import Alignment, align_loaders, joined, loader_for
 from mergekit_monosoup.checkpoint.pinned import pinned, revisions_of
 from mergekit_monosoup.cluster.connection import RayOptions
-from mergekit_monosoup.cluster.pool import Pool, node, running_kernel
+from mergekit_monosoup.cluster.pool import Driver, Pool, node
 from mergekit_monosoup.merging.adapters import MERGED_ADAPTERS, open_adapters
 from mergekit_monosoup.merging.layout import Layout
 from mergekit_monosoup.merging.opened import model_types
@@ -60,7 +60,7 @@ class Worker:
         revisions: Mapping[str, str],
         path: str,
         token: str,
-        kernel: str,
+        driver: Driver,
     ) -> None:
         """Open the inputs; see whether the folder of the output is the driver's.
 
@@ -69,11 +69,12 @@ class Worker:
             revisions: commits on the Hub that the driver reads, by the names of models and adapters.
             path: folder of the output.
             token: what a file in it says.
-            kernel: of the driver; see `running_kernel`.
+            driver: the process that these come from.
         """
         from mergekit_monosoup.registry import register
 
         register()
+        driver.follow()
         # As in a local run: a unit is never shared out among cores, so its bytes are the same everywhere.
         torch.set_num_threads(1)
         self._options = MergeOptions.model_validate(options)
@@ -93,7 +94,7 @@ class Worker:
         self._units = {unit.name: unit for unit in self._prepared.units.units}
         self._writer = _shared(Path(path), token, self._prepared.layout)
         # What another machine has in its cache of the disk is lost with it, and the driver cannot flush it.
-        self._flush = running_kernel() != kernel
+        self._flush = not driver.shares_memory()
         self._computing = threading.Lock()
 
     def compute(self, name: str, decision: Any) -> Computed:
@@ -156,7 +157,7 @@ class Cluster:
             revisions,
             str(path),
             token,
-            running_kernel(),
+            Driver.here(),
         )
         on_gpu = bool(options.device and options.device != "cpu")
         # Before any worker looks for it.
