@@ -171,7 +171,8 @@ class _Parts:
 
         from mergekit.options import MergeOptions
 
-        from mergekit_monosoup.merging.lanes import Lane, Room, lanes
+        from mergekit_monosoup.merging.lanes import Lane, lanes
+        from mergekit_monosoup.merging.room import Room
 
         places = lanes(MergeOptions(device="cuda"))
         if count is not None:

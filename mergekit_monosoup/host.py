@@ -285,34 +285,29 @@ def raw_loader(path: str) -> Any:
     return (running or merge_raw_pytorch.SimpleLoaderCache)().get(path)
 
 
-def open_models(
-    models: Iterable[ModelReference], options: MergeOptions, revisions: Mapping[str, str] | None = None
-) -> None:
+def open_models(models: Iterable[ModelReference], options: MergeOptions) -> None:
     """Have mergekit download and open checkpoints, so that their values can be looked at before the work.
 
     Args:
         models: what to open; mergekit keeps the options of its loaders by thread, so none is of use too.
         options: mergekit's own.
-        revisions: commits on the Hub, by the models' names, to read where a recipe names none.
 
     Raises:
         InputError: a model cannot be downloaded.
     """
-    cache = LoaderCache()
-    cache.setup(options=options)
+    LoaderCache().setup(options=options)
     for model in models:
-        commit = (revisions or {}).get(str(model))
-        if commit is not None and model not in cache.loaders and model.lora is None:
-            path = model.model.model_copy(update={"revision": commit})
-            pinned = model.model_copy(update={"model": path})
-            cache.loaders[model] = pinned.lazy_loader(cache_dir=options.transformers_cache)
-        try:
-            cache.get(model)
-        except (HfHubHTTPError, ConnectionError) as error:
-            raise InputError(
-                f"model {model} could not be downloaded ({error}); run the same command again: what has "
-                "arrived is not fetched again"
-            ) from error
+        _open(model)
+
+
+def _open(model: ModelReference) -> None:
+    try:
+        LoaderCache().get(model)
+    except (HfHubHTTPError, ConnectionError) as error:
+        raise InputError(
+            f"model {model} could not be downloaded ({error}); run the same command again: what has "
+            "arrived is not fetched again"
+        ) from error
 
 
 def folder_of(model: ModelReference) -> str:

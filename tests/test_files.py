@@ -434,3 +434,14 @@ def test_a_type_that_only_its_own_code_knows(tmp_path):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     assert "own" not in CONFIG_MAPPING
+
+
+def test_folders_that_are_called_base(tmp_path, monkeypatch):
+    """As a tokenizer's source may be called, too: off the network, nobody is asked about them."""
+    from mergekit_monosoup.merging.public_recipe import PublicRecipe
+
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    shown = PublicRecipe("base_model: base\ntokenizer_source: base\n").content
+    assert shown["base_model"] != "base"
+    assert shown["tokenizer_source"] == "base"

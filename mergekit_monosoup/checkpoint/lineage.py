@@ -89,7 +89,10 @@ class BaseWatch:
         self, base: str, finetuned: str, tensor: str, w0: NDArray[np.float64], w1: NDArray[np.float64]
     ) -> str | None:
         """Look at one tensor; return the message for a base that is none, once for each checkpoint."""
-        found = relation(tensor, w0, w1)
+        return self.take(base, finetuned, relation(tensor, w0, w1))
+
+    def take(self, base: str, finetuned: str, found: Relation | None) -> str | None:
+        """Take what one tensor says, as `see` does."""
         with self._lock:
             seen = self._seen.setdefault(finetuned, [])
             if found is not None:

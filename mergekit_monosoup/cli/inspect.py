@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from mergekit_monosoup.cli.failure import reported_errors
+from mergekit_monosoup.cli.on_ray import ray_options
+from mergekit_monosoup.cluster.connection import RayOptions
 
 if TYPE_CHECKING:
     from mergekit_monosoup.inspection import Inspection
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a report.")
 @click.option("--device", default="cpu", show_default=True, help="Where to decompose.")
 @click.option("--cache-dir", help="Where Hub models are downloaded to.")
+@ray_options
 @click.option("-v", "--verbose", is_flag=True, help="One line per tensor as it is done.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no table.")
 def inspect(
@@ -61,6 +64,7 @@ def inspect(
     json_file: Path | None,
     device: str,
     cache_dir: str | None,
+    cluster: RayOptions | None,
     verbose: bool,
     quiet: bool,
 ) -> None:
@@ -70,7 +74,7 @@ def inspect(
     cosines between their updates are reported.
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
-    from mergekit_monosoup.inspection import Inspection
+    from mergekit_monosoup.inspection import Inspection, Question
     from mergekit_monosoup.merging.progress import progress
     from mergekit_monosoup.report.inputs import InputHashes
     from mergekit_monosoup.report.recorder import Recorder, new_header
@@ -91,11 +95,10 @@ def inspect(
                 new_header(method="inspect", device=device),
                 json_file,
                 hashes=InputHashes(models) if json_file else None,
-                listener=lambda record: bar.tensor(record),
             )
             with recorder:
-                records = inspection.records(energies, lambda name: part in name, device, rule, mixing)
-                for record in records:
+                question = Question(energies, device, rule, mixing)
+                for record in inspection.records(chosen, question, bar.tensor, cluster):
                     recorder.add(record)
         _tell(inspection, recorder.records, energies, quiet)
         if plot is not None:

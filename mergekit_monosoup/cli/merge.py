@@ -8,6 +8,8 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_monosoup.cli.failure import reported_errors
+from mergekit_monosoup.cli.on_ray import ray_options
+from mergekit_monosoup.cluster.connection import RayOptions
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -26,11 +28,7 @@ from mergekit_monosoup.cli.failure import reported_errors
     help="Model whose configuration, tokenizer and other files go beside the weights; `base`, or a folder or "
     "Hub id. [default: the recipe's first fine-tuned model]",
 )
-@click.option("--ray", metavar="[ADDRESS|auto|local]", help="Run on a Ray cluster; `local` starts one here.")
-@click.option(
-    "--ray-cpus", type=click.FloatRange(min=0, min_open=True), help="Processors a worker. [default: 1]"
-)
-@click.option("--ray-gpus", type=click.FloatRange(min=0), help="GPUs a worker. [default: 1 with --cuda]")
+@ray_options
 @add_merge_options
 def merge(
     config_file: Path,
@@ -41,9 +39,7 @@ def merge(
     force_base: bool,
     report: bool,
     files_from: str | None,
-    ray: str | None,
-    ray_cpus: float | None,
-    ray_gpus: float | None,
+    cluster: RayOptions | None,
     merge_options: MergeOptions,
 ) -> None:
     """Run the merge recipe CONFIG_FILE and write the model to OUT_PATH.
@@ -57,11 +53,6 @@ def merge(
     from mergekit_monosoup.registry import register
 
     merge_options.apply_global_options()
-    cluster = None
-    if ray is not None:
-        from mergekit_monosoup.merging.on_ray import RayOptions
-
-        cluster = RayOptions(ray, ray_cpus, ray_gpus)
     if resume and restart:
         raise click.UsageError("--resume goes on with what --restart deletes; pass one of them")
     with reported_errors():

@@ -17,6 +17,7 @@ from torch import Tensor
 from mergekit_monosoup.checkpoint.dequantised import has_scales
 from mergekit_monosoup.checkpoint.float8 import DEQUANTISED, FLOAT8, dequantise, missing_scale
 from mergekit_monosoup.checkpoint.headers import header_of
+from mergekit_monosoup.checkpoint.pinned import source_of
 from mergekit_monosoup.checkpoint.scales import is_scale, scale_name
 from mergekit_monosoup.errors import AdapterError
 from mergekit_monosoup.lora.adapter import Adapter, read_adapter
@@ -92,7 +93,7 @@ class AdaptedLoader(LazyTensorLoader):
             AdapterError: the adapter is damaged or of another base.
             UnsupportedAdapterError: the adapter has to be merged by peft itself.
         """
-        adapter = read_adapter(str(reference.lora))
+        adapter = read_adapter(source_of(reference.lora))
         trained_on = str(adapter.settings.get("base_model_name_or_path") or "")
         if _QUANTISED.search(trained_on):
             LOG.info("%s: trained on %s, a quantised copy of its base", reference.lora, trained_on)

@@ -22,6 +22,7 @@ from mergekit.options import MergeOptions
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from mergekit_monosoup.checkpoint.pinned import source_of
 from mergekit_monosoup.errors import UnsupportedAdapterError
 from mergekit_monosoup.lora.adapter import read_adapter
 
@@ -75,7 +76,7 @@ def _prepare(reference: ModelReference, options: MergeOptions) -> None:
 def _check(reference: ModelReference, trust_remote_code: bool) -> None:
     """Refuse a damaged adapter, or one of another base, which peft would merge in part and in silence."""
     try:
-        adapter = read_adapter(str(reference.lora))
+        adapter = read_adapter(source_of(reference.lora))
     except UnsupportedAdapterError:
         # Not linear: peft merges it, and the method says what it takes.
         return

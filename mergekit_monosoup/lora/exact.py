@@ -14,6 +14,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import TensorEntry, TensorMetadata
 from torch import Tensor
 
+from mergekit_monosoup.checkpoint.pinned import source_of
 from mergekit_monosoup.errors import AdapterError, UnsupportedAdapterError
 from mergekit_monosoup.lora.adapter import read_adapter
 from mergekit_monosoup.lora.factors import LowRankUpdate, mean_of
@@ -147,7 +148,7 @@ class Adapters:
         with self._lock:
             if reference not in self._known:
                 try:
-                    adapter = read_adapter(str(reference.lora))
+                    adapter = read_adapter(source_of(reference.lora))
                     self._known[reference] = place(reference, adapter, LoaderCache().trust_remote_code)
                 except UnsupportedAdapterError as error:
                     self._known[reference] = None

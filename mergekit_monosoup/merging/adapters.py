@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,7 @@ def adapters_opened(config: MergeConfiguration, options: MergeOptions, folder: P
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def open_adapters(
-    config: MergeConfiguration,
-    options: MergeOptions,
-    folder: Path,
-    revisions: Mapping[str, str] | None = None,
-) -> None:
+def open_adapters(config: MergeConfiguration, options: MergeOptions, folder: Path) -> None:
     """Open the `base+adapter` inputs of a recipe under mergekit's loaders.
 
     A linear adapter is read beside its base. What peft has to merge itself is merged into the cache that
@@ -66,13 +61,12 @@ def open_adapters(
     Args:
         config, options: of the merge.
         folder: for merged copies; made where it is needed.
-        revisions: as `host.open_models` takes them.
 
     Raises:
         AdapterError: an adapter is damaged, or of another base.
     """
     references = sorted({model for model in config.referenced_models() if model.lora is not None}, key=str)
-    others = [model for model in references if not _open_linear(model, config, options, revisions or {})]
+    others = [model for model in references if not _open_linear(model, config, options)]
     if options.lora_merge_cache and len(others) < len(references):
         LOG.info("--lora-merge-cache is not needed: linear adapters are read beside their base")
     if others:
@@ -82,16 +76,10 @@ def open_adapters(
         host.open_models(others, copying)
 
 
-def _open_linear(
-    reference: ModelReference,
-    config: MergeConfiguration,
-    options: MergeOptions,
-    revisions: Mapping[str, str],
-) -> bool:
+def _open_linear(reference: ModelReference, config: MergeConfiguration, options: MergeOptions) -> bool:
     """Open an adapter beside its base; say whether it could be done."""
     base_model = _base_of(reference, config)
-    commit = revisions.get(str(base_model)) or revisions.get(str(reference))
-    host.open_models([base_model], options, {str(base_model): commit} if commit else None)
+    host.open_models([base_model], options)
     try:
         LoaderCache.loaders[reference] = AdaptedLoader.open(
             reference,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from mergekit.options import MergeOptions
 from torch import Tensor
 
+from mergekit_monosoup.merging.room import Room
 from mergekit_monosoup.spectral.precision import load_linear_algebra
 
 # What a unit holds while it is computed, in copies of its output: inputs, float32 blocks and squares, output.
@@ -19,34 +19,6 @@ COPIES = 8
 # Streams of an accelerator: while one decomposition waits for memory or for the host, another one goes on.
 # Of two, each takes 0.85 times as long as alone on an H200, of four 0.8; and each holds a unit on the device.
 _STREAMS = 2
-
-
-class Room:
-    """A bound on the bytes in flight; what is larger than all of it goes alone."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._held = 0
-        self._open = False
-        self._changed = threading.Condition()
-
-    def enter(self, size: int) -> None:
-        """Wait until there is room for so many bytes."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._open or not self._held or self._held + size <= self._size)
-            self._held += size
-
-    def leave(self, size: int) -> None:
-        """Make room again."""
-        with self._changed:
-            self._held -= size
-            self._changed.notify_all()
-
-    def open(self) -> None:
-        """Keep nobody waiting any more."""
-        with self._changed:
-            self._open = True
-            self._changed.notify_all()
 
 
 class Lane:
@@ -67,8 +39,7 @@ class Lane:
     @contextmanager
     def taken(self, size: int, inputs: Iterable[Tensor | None]) -> Iterator[None]:
         """Compute in this lane what is stored in `size` bytes; done when the context is left."""
-        self.room.enter(size)
-        try:
+        with self.room.held(size):
             if self._stream is None:
                 yield
                 return
@@ -81,8 +52,6 @@ class Lane:
                 yield
                 # What comes next takes the result in a stream of its own.
                 self._stream.synchronize()
-        finally:
-            self.room.leave(size)
 
 
 def lanes(options: MergeOptions) -> list[Lane]:

@@ -17,7 +17,8 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_monosoup import host
-from mergekit_monosoup.merging.lanes import COPIES, Lane, Room, lanes
+from mergekit_monosoup.merging.lanes import COPIES, Lane, lanes
+from mergekit_monosoup.merging.room import Room
 from mergekit_monosoup.merging.units import PlannedUnits, Unit, compute
 
 T = TypeVar("T")

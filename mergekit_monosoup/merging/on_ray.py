@@ -8,14 +8,12 @@ written twice, with the same bytes.
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
-import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,9 @@ from torch import Tensor
 
 from mergekit_monosoup import host
 from mergekit_monosoup.alignment.stored import Alignment, align_loaders, joined, loader_for
-from mergekit_monosoup.errors import ConfigurationError, MonoSoupError, OutputError
+from mergekit_monosoup.checkpoint.pinned import pinned, revisions_of
+from mergekit_monosoup.cluster.connection import RayOptions
+from mergekit_monosoup.cluster.pool import Driver, Pool, node
 from mergekit_monosoup.merging.adapters import MERGED_ADAPTERS, open_adapters
 from mergekit_monosoup.merging.layout import Layout
 from mergekit_monosoup.merging.opened import model_types
@@ -37,27 +37,7 @@ from mergekit_monosoup.merging.writer import Writer
 from mergekit_monosoup.methods.sfgs import refinement
 from mergekit_monosoup.report.schema import TensorRecord
 
-LOG = logging.getLogger(__name__)
-
-# Of each worker: one unit that is computed, and one whose inputs are read meanwhile.
-_IN_FLIGHT = 2
-# Seconds to wait for a cluster to answer.
-_PATIENCE = 10
 _TOKEN = "monosoup_token"
-
-
-@dataclass(frozen=True)
-class RayOptions:
-    """Where to run, and what each worker takes of the cluster.
-
-    Args:
-        address: of a running cluster, `auto` for the one this machine belongs to, `local` for one of our own.
-        cpus, gpus: of each worker; absent: one processor, and a GPU where the merge runs on GPUs.
-    """
-
-    address: str
-    cpus: float | None = None
-    gpus: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,22 +60,32 @@ class Worker:
         revisions: Mapping[str, str],
         path: str,
         token: str,
+        driver: Driver,
     ) -> None:
-        """Open the inputs; see whether the folder of the output is the driver's."""
+        """Open the inputs; see whether the folder of the output is the driver's.
+
+        Args:
+            config, options: recipe and options, as JSON.
+            revisions: commits on the Hub that the driver reads, by the names of models and adapters.
+            path: folder of the output.
+            token: what a file in it says.
+            driver: the process that these come from.
+        """
         from mergekit_monosoup.registry import register
 
         register()
+        driver.follow()
         # As in a local run: a unit is never shared out among cores, so its bytes are the same everywhere.
         torch.set_num_threads(1)
         self._options = MergeOptions.model_validate(options)
         self._records: dict[str, TensorRecord] = {}
-        recipe = MergeConfiguration.model_validate(config)
+        recipe = pinned(MergeConfiguration.model_validate(config), revisions)
         copies = Path(path).parent / MERGED_ADAPTERS
         if not copies.is_dir():
             # The driver's folder is not at hand here.
             copies = Path(tempfile.gettempdir()) / f"monosoup-{token}" / str(os.getpid())
-        open_adapters(recipe, self._options, copies, revisions)
-        host.open_models(recipe.referenced_models(), self._options, revisions)
+        open_adapters(recipe, self._options, copies)
+        host.open_models(recipe.referenced_models(), self._options)
         types = model_types(recipe.referenced_models(), self._options)
         # Held for the life of this process, which does nothing else.
         self._types = ExitStack()
@@ -103,13 +93,9 @@ class Worker:
         self._prepared = Prepared.of(recipe, self._options, [self._take])
         self._units = {unit.name: unit for unit in self._prepared.units.units}
         self._writer = _shared(Path(path), token, self._prepared.layout)
+        # What another machine has in its cache of the disk is lost with it, and the driver cannot flush it.
+        self._flush = not driver.shares_memory()
         self._computing = threading.Lock()
-
-    def node(self) -> str:
-        """Return the id of the node, in short."""
-        import ray
-
-        return str(ray.get_runtime_context().get_node_id())[:8]
 
     def compute(self, name: str, decision: Any) -> Computed:
         """Compute a unit; write it where the output's files are at hand."""
@@ -124,9 +110,9 @@ class Worker:
             tensor = compute(unit, self._prepared.units, loaded, math_device=device).cpu()
         record = self._records.pop(name, None)
         if record is not None:
-            record = record.model_copy(update={"node": self.node()})
+            record = record.model_copy(update={"node": node()})
         if self._writer is not None:
-            return Computed(name, self._writer.write(name, tensor), None, record)
+            return Computed(name, self._writer.write(name, tensor, flush=self._flush), None, record)
         return Computed(name, None, tensor, record)
 
     def align(self, layers: Any, exact: bool, names: Sequence[str]) -> Alignment:
@@ -160,30 +146,27 @@ class Cluster:
         self, prepared: Prepared, options: MergeOptions, path: Path, ray_options: RayOptions
     ) -> None:
         """Start as many workers as the cluster has room for; `connected` is around all of it."""
-        import ray
-
-        self._ray = ray
         self._prepared = prepared
         token = secrets.token_hex(16)
-        (path / _TOKEN).write_text(token, "utf-8")
         self._token = path / _TOKEN
-        cpus = ray_options.cpus or 1
-        on_gpu = bool(options.device and options.device != "cpu")
-        gpus = ray_options.gpus if ray_options.gpus is not None else float(on_gpu)
-        count = _room(ray.cluster_resources(), cpus, gpus)
-        # Every lost worker is started again, and what it had is done again.
-        remote = ray.remote(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1, max_concurrency=_IN_FLIGHT
-        )(Worker)
-        revisions = {
-            str(model): folder.name
-            for model in prepared.models
-            if (folder := Path(host.folder_of(model))).parent.name == "snapshots"
-        }
+        folders = {model: Path(host.folder_of(model)) for model in prepared.models}
+        revisions = revisions_of(prepared.models, folders, options.transformers_cache)
         arguments = (
-            prepared.config.model_dump(mode="json"), options.model_dump(), revisions, str(path), token,
-        )  # fmt: skip
-        self._workers = [remote.remote(*arguments) for _ in range(min(count, len(prepared.units.units)))]
+            prepared.config.model_dump(mode="json"),
+            options.model_dump(),
+            revisions,
+            str(path),
+            token,
+            Driver.here(),
+        )
+        on_gpu = bool(options.device and options.device != "cpu")
+        # Before any worker looks for it.
+        self._token.write_text(token, "utf-8")
+        try:
+            self._pool = Pool(Worker, arguments, ray_options, most=len(prepared.units.units), on_gpu=on_gpu)
+        except BaseException:
+            self._token.unlink()
+            raise
 
     def run(
         self,
@@ -201,121 +184,26 @@ class Cluster:
         Raises:
             MonoSoupError: of the first unit that fails, as it would be raised here.
         """
-        waiting = sorted(units, key=cost)
         by_name = {unit.name: unit for unit in units}
-        flying: dict[Any, Any] = {}
         decision = self._prepared.merge.decided()
-
-        def fill(worker: Any) -> None:
-            if waiting:
-                flying[worker.compute.remote(waiting.pop().name, decision)] = worker
-
-        for _ in range(_IN_FLIGHT):
-            for worker in self._workers:
-                fill(worker)
-        while flying:
-            done, _ = self._ray.wait(list(flying), num_returns=1)
-            for reference in done:
-                worker = flying.pop(reference)
-                result: Computed = self._result(reference)
-                fill(worker)
-                unit = by_name[result.name]
-                if result.tensor is not None:
-                    write(unit, result.tensor, result.record)
-                else:
-                    written(unit, str(result.sha256), result.record)
-                del result
+        jobs = [(unit.name, decision) for unit in sorted(units, key=cost, reverse=True)]
+        done: Computed
+        for done in self._pool.each("compute", jobs):
+            unit = by_name[done.name]
+            if done.tensor is not None:
+                write(unit, done.tensor, done.record)
+            else:
+                written(unit, str(done.sha256), done.record)
+            del done
 
     def align(self, layers: Any, exact: bool) -> Alignment:
         """Return the inner products of all tensors' updates: map over the workers, reduce here."""
         names = sorted(loader_for(self._prepared.merge.base).index.tensor_paths)
-        size = max(1, -(-len(names) // (4 * len(self._workers))))
+        size = max(1, -(-len(names) // (4 * self._pool.size)))
         parts = [names[start : start + size] for start in range(0, len(names), size)]
-        pool = self._ray.util.ActorPool(self._workers)
-        found = list(pool.map(lambda worker, part: worker.align.remote(layers, exact, part), parts))
-        return joined(found)
-
-    def _result(self, reference: Any) -> Computed:
-        try:
-            result: Computed = self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, MonoSoupError):
-                raise type(cause)(str(cause)) from None
-            raise OutputError(f"a worker failed: {cause or error}") from error
-        except self._ray.exceptions.RayActorError as error:
-            raise OutputError(f"the workers cannot be started: {error}") from error
-        return result
+        return joined(list(self._pool.each("align", [(layers, exact, part) for part in parts])))
 
     def close(self) -> None:
         """Let the workers go."""
         self._token.unlink(missing_ok=True)
-        for worker in self._workers:
-            self._ray.kill(worker)
-
-
-def _room(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
-    """Return how many workers a cluster has room for.
-
-    Raises:
-        ConfigurationError: for none.
-    """
-    count = int(resources.get("CPU", 0) // cpus)
-    if gpus:
-        count = min(count, int(resources.get("GPU", 0) // gpus))
-    if count < 1:
-        raise ConfigurationError(
-            f"the cluster has {resources.get('CPU', 0):g} processors and {resources.get('GPU', 0):g} GPUs, "
-            f"too few for a worker of {cpus:g} and {gpus:g}; ask for less by --ray-cpus and --ray-gpus"
-        )
-    return count
-
-
-def _require_answer(address: str) -> None:
-    """Refuse an address where nobody answers; Ray itself tries for minutes.
-
-    Raises:
-        ConfigurationError: there is no connection.
-    """
-    host_name, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host_name or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host_name.strip("[]"), int(port)), timeout=_PATIENCE).close()
-    except OSError as error:
-        raise ConfigurationError(
-            f"no Ray cluster answers at {address!r} ({error.strerror or error}); start one with "
-            "`ray start --head`, or pass --ray local"
-        ) from error
-
-
-@contextmanager
-def connected(options: RayOptions) -> Iterator[None]:
-    """Connect to a cluster, or start one on this machine for the time of the merge.
-
-    Raises:
-        ConfigurationError: Ray is not installed, or the cluster cannot be reached.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            "--ray needs Ray, which is not installed; pip install 'mergekit-monosoup[ray]'"
-        ) from error
-    own = not ray.is_initialized()
-    if own:
-        _require_answer(options.address)
-        where: dict[str, Any] = {"include_dashboard": False} if options.address == "local" else {}
-        try:
-            ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR, **where)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigurationError(
-                f"no Ray cluster answers at {options.address!r} ({error}); start one with "
-                "`ray start --head`, or pass --ray local"
-            ) from error
-    try:
-        yield
-    finally:
-        if own:
-            ray.shutdown()
+        self._pool.close()

@@ -12,7 +12,8 @@ from mergekit.common import ModelReference
 
 # Keys of a recipe whose values name models.
 _MODEL_KEYS = frozenset({"model", "base_model", "lora", "path", "source", "tokenizer_source"})
-# What a tokenizer's source may be besides a model.
+# What a tokenizer's source may be besides a model; a folder may be called so, too.
+_SOURCE_KEYS = frozenset({"source", "tokenizer_source"})
 _SOURCES = ("base", "union")
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]+/?$")
 # mergekit takes what begins so for local, and asks nobody about it.
@@ -48,7 +49,8 @@ class PublicRecipe:
         if not isinstance(value, str):
             return value
         if key in _MODEL_KEYS:
-            return value if value in _SOURCES else self._reference(value)
+            kept = key in _SOURCE_KEYS and value in _SOURCES
+            return value if kept else self._reference(value)
         return self._name(value) if _is_absolute(value) else value
 
     def _reference(self, value: str) -> str:

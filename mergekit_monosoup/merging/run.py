@@ -40,7 +40,7 @@ from mergekit_monosoup.report.schema import TensorRecord
 from mergekit_monosoup.report.table import remark
 
 if TYPE_CHECKING:
-    from mergekit_monosoup.merging.on_ray import RayOptions
+    from mergekit_monosoup.cluster.connection import RayOptions
 
 LOG = logging.getLogger(__name__)
 
@@ -212,7 +212,8 @@ class Run:
         self._prepared.merge.close()
 
     def _on_ray(self, units: Sequence[Unit], ray_options: RayOptions) -> None:
-        from mergekit_monosoup.merging.on_ray import Cluster, connected
+        from mergekit_monosoup.cluster.connection import connected
+        from mergekit_monosoup.merging.on_ray import Cluster
 
         if not self._options.safe_serialization:
             raise ConfigurationError("--ray writes safetensors files; leave out --no-safe-serialization")

@@ -215,10 +215,15 @@ def _say_once(message: str) -> None:
 
 
 def cost(unit: Unit) -> float:
-    """Return how long a unit takes, in operations: of a decomposition for a matrix, else of a few passes."""
-    view = choose_view(unit.shape, unit.name)
+    """Return how long a unit takes, in operations."""
+    return operations(unit.name, unit.shape)
+
+
+def operations(name: str, shape: tuple[int, ...]) -> float:
+    """Return what an update of this shape takes: a decomposition for a matrix, else a few passes."""
+    view = choose_view(shape, name)
     if not view.decomposes:
-        return 10.0 * unit.size
+        return 10.0 * math.prod(shape)
     count, rows, columns = view.shape
     short = min(rows, columns)
     return count * (4.0 * short * rows * columns + 9.0 * short**3)

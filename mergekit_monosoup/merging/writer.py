@@ -83,12 +83,13 @@ class Writer:
                 raise InputError(f"{path} is not what the merge began with; begin again with --restart")
         return writer
 
-    def write(self, name: str, tensor: Tensor) -> str:
+    def write(self, name: str, tensor: Tensor, *, flush: bool = False) -> str:
         """Write a tensor into its slot and return the SHA-256 of its bytes.
 
         Args:
             name: of the slot.
             tensor: on any device and of any strides; at most a few MB of it are copied at a time.
+            flush: wait until its bytes are on the disk, where `sync` is called on another machine.
 
         Raises:
             OutputError: the tensor is not what the layout expects, or cannot be written.
@@ -102,6 +103,8 @@ class Writer:
                 digest.update(piece)
                 _write_all(descriptor, piece, offset)
                 offset += len(piece)
+            if flush:
+                os.fsync(descriptor)
         return digest.hexdigest()
 
     def stored_hash(self, name: str) -> str:
