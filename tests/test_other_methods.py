@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from commands import forget_loaders, merge, write_config
 
 from mergekit_monosoup.cli import main
+from mergekit_monosoup.spectral.crew import torch_threads
 
 pytestmark = pytest.mark.usefixtures("registered")
 
@@ -78,10 +79,13 @@ def test_output_types(tmp_path, family, out_dtype):
 
 @pytest.mark.parametrize("method", RANDOM)
 def test_random_methods_give_the_same_for_one_seed(tmp_path, family, method):
+    """However many tensors are computed at a time."""
     config = recipe_for(method, family("qwen3-tied", "bf16"), parameters={"density": 0.5})
-    first, second, other = (
-        ours(tmp_path / name, config, "--random-seed", seed)
-        for name, seed in (("first", "1"), ("second", "1"), ("other", "2"))
-    )
+    found = []
+    for seed, threads in ((1, 1), (1, 4), (2, 1)):
+        with torch_threads(threads):
+            out = tmp_path / f"{seed}-{threads}"
+            found.append(ours(out, config, "--random-seed", str(seed)))
+    first, second, other = found
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
