@@ -13,7 +13,6 @@ from families import FAMILIES, Family
 from mergekit_monosoup.checkpoint.companions import CONFIGURATION, LEFT_BEHIND, OTHER, TAKEN, Kind
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-SHOWN = 9
 STOCK = {"complete": "yes", "refuses": "refuses", "loses": "loses {} tensors, named in a warning"}
 
 
@@ -33,9 +32,8 @@ def families() -> str:
 def kind_row(kind: Kind, *, taken: bool) -> str:
     """One kind of file as a line of the table."""
     names = [f"`{pattern}`" for pattern in kind.patterns if pattern != "*"]
-    more = " and others" if len(names) > SHOWN else ""
     where = kind.why if taken else f"left behind: {kind.why}"
-    return f"| {kind.what} | {', '.join(names[:SHOWN])}{more} | {where} |"
+    return f"| {kind.what} | {', '.join(names)} | {where} |"
 
 
 def files() -> str:

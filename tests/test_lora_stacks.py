@@ -155,3 +155,10 @@ def test_columns_without_structure_speak_for_no_packing():
         shared = torch.randn(rows, 1, generator=generator)
         assert layout_by_values([(b + 3 * shared, e) for b, e in stacks]) is None
     assert layout_by_values([(torch.zeros(8, 8), 4)]) is None
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_one_adapter_copied_to_all_experts_speaks_for_no_packing(grouped):
+    one = torch.randn(48, 4, generator=torch.Generator().manual_seed(0))
+    copies = one.repeat(1, 8) if grouped else one.repeat_interleave(8, 1)
+    assert layout_by_values([(copies, 8)] * 3) is None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from beside import write_files
+from beside import write_embedder, write_files
 from checkpoints import build_model, build_tokenizer, fine_tune, write_adapter, write_checkpoint
 from commands import recipe, run, write_config
 from hub_server import running_hub
@@ -31,7 +31,9 @@ for command, file in json.loads(sys.argv[1]):
     LoaderCache().loaders.clear()
     out = [] if command == "plan" else [file + ".out", "--quiet"]
     done = CliRunner().invoke(main, [command, file, *out])
-    weights = [p.name for p in Path(known.HF_HUB_CACHE).rglob("*.safetensors")]
+    held = Path(known.HF_HUB_CACHE).rglob("*.safetensors")
+    # Modules are small, and the plan reads their headers.
+    weights = [p.name for p in held if p.parent.name != "2_Dense"]
     found.append([done.exit_code, done.output, weights])
 print(json.dumps(found))
 """
@@ -68,6 +70,10 @@ def published(tmp_path_factory) -> Mapping[str, Path]:
     wrong = write_adapter(folder / "wrong", base)
     settings = json.loads((wrong / "adapter_config.json").read_text())
     (wrong / "adapter_config.json").write_text(json.dumps(settings | {"r": settings["r"] * 2}))
+    embedders = dict(zip(("st-base", "st-tuned"), write_embedder(folder / "embedders"), strict=True))
+    broken = shutil.copytree(embedders["st-tuned"], folder / "st-broken")
+    module = broken / "2_Dense" / "model.safetensors"
+    module.write_bytes(module.read_bytes()[:100])
     names = {
         "base": base,
         "tuned": tuned,
@@ -77,7 +83,7 @@ def published(tmp_path_factory) -> Mapping[str, Path]:
         "tuned7": swapped,
     }
     names |= {"added": added, "adapter": adapter, "wrong": wrong}
-    return names
+    return names | embedders | {"st-broken": broken}
 
 
 # What is asked for -> exit status and a part of what is said
@@ -95,9 +101,12 @@ CASES = {
     ),
     "adapter": (recipe("org/base", "org/base+org/adapter"), 0, ""),
     "adapter of another rank": (recipe("org/base", "org/base+org/wrong"), 1, "rank"),
+    "modules": (recipe("org/st-base", "org/st-tuned"), 0, ""),
+    "a damaged module": (recipe("org/st-base", "org/st-broken"), 1, "2_Dense/model.safetensors"),
 }
 
 
+@pytest.mark.slow
 def test_plan_and_merge_of_models_on_the_hub_end_alike(tmp_path, published):
     with running_hub() as hub:
         for name, folder in published.items():
@@ -113,5 +122,6 @@ def test_plan_and_merge_of_models_on_the_hub_end_alike(tmp_path, published):
         assert said in plan[1], (name, plan[1])
         assert said in merge[1], (name, merge[1])
         assert not [file for file in plan[2] if file != "adapter_model.safetensors"], name
+        assert ("2_Dense/linear.weight" in plan[1]) is (name == "modules")
         # What the plan refuses is not downloaded by the merge either.
         assert status == 0 or not [file for file in merge[2] if file.startswith("model")], name

@@ -74,7 +74,24 @@ def backbone_prefix(checkpoint: Checkpoint) -> str | None:
 def expected_names(checkpoint: Checkpoint) -> frozenset[str] | None:
     """Return the names in the state dict of a checkpoint's class; None for classes of custom code."""
     # By identity of the configuration: it is read once, and building the class takes a second at most.
-    return _expected(_Held(checkpoint))
+    built = _built(_Held(checkpoint))
+    return None if built is None else built[0]
+
+
+def tied_names(checkpoint: Checkpoint, name: str) -> frozenset[str]:
+    """Return the names under which the class of a checkpoint has the same parameter; none where unknown.
+
+    Names are those of the class, or without the prefix of its backbone.
+    """
+    built = _built(_Held(checkpoint))
+    if built is None:
+        return frozenset()
+    prefix = f"{backbone_prefix(checkpoint) or ''}."
+    for known in (name, prefix + name):
+        if known in built[1]:
+            others = built[1][known] - {known}
+            return frozenset(others | {other.removeprefix(prefix) for other in others})
+    return frozenset()
 
 
 class _Held:
@@ -89,7 +106,8 @@ class _Held:
 
 
 @lru_cache(8)
-def _expected(held: _Held) -> frozenset[str] | None:
+def _built(held: _Held) -> tuple[frozenset[str], dict[str, frozenset[str]]] | None:
+    """Return the names of a class, and of those that are one parameter the others."""
     import torch
     import transformers
 
@@ -100,9 +118,14 @@ def _expected(held: _Held) -> frozenset[str] | None:
     try:
         with torch.device("meta"):
             model = model_class(settings)
+            model.tie_weights()
     except (AttributeError, ImportError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
-    return frozenset(model.state_dict())
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
+    tied = {name: frozenset(names) for names in groups.values() if len(names) > 1 for name in names}
+    return frozenset(model.state_dict()), tied
 
 
 def _settings(checkpoint: Checkpoint) -> Any:

@@ -10,6 +10,7 @@ from mergekit.architecture import WeightInfo
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from mergekit_monosoup.checkpoint.classes import tied_names
 from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.checkpoint.scales import is_scale
 
@@ -102,7 +103,22 @@ def misfit(
             return f"{asks}, not in {model.name}", True
         if found.lost and lost is None:
             lost = f"mergekit's definition of {label} leaves out {describe(found.lost)} of {model.name}"
+    if lost is None and (name := _unknown_tie(asked, models)) is not None:
+        lost = f"mergekit's definition of {label} does not know what the class ties {name} to"
     return (lost, False) if lost is not None else None
+
+
+def _unknown_tie(asked: Mapping[str, Sequence[WeightInfo]], models: Sequence[Checkpoint]) -> str | None:
+    """Return a tensor that some checkpoint has under another name, which its class ties to it."""
+    for model in models:
+        for weight in asked.get(model.name, ()):
+            known = {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
+            if not weight.optional or known & model.tensors.keys():
+                continue
+            held = any(weight.name in other.tensors for other in models)
+            if held and (tied_names(model, weight.name) & model.tensors.keys()) - known:
+                return str(weight.name)
+    return None
 
 
 def _transforms(model_type: str | None) -> list[Any]:

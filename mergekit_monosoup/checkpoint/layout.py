@@ -15,6 +15,7 @@ from mergekit_monosoup.checkpoint.classes import (
     expected_names,
     is_language_model_of,
     is_tied,
+    tied_names,
 )
 from mergekit_monosoup.checkpoint.headers import Checkpoint
 from mergekit_monosoup.checkpoint.naming import weight_names
@@ -126,14 +127,20 @@ def _weight(name: str, models: Sequence[Checkpoint], axes: Mapping[str, int | No
         axis = vocabulary_axis(name)
     optional = any(name not in model.tensors for model in models)
     tied: tuple[str, ...] = ()
-    if optional and _OUTPUT.search(name):
+    if optional and (_OUTPUT.search(name) or _INPUT.search(name)):
         lacking = [m for m in models if name not in m.tensors]
         tied = tuple(dict.fromkeys(t for m in lacking if (t := _tied_to(name, m)) is not None))
     return Weight(name, axis, optional, (), tied)
 
 
 def _tied_to(name: str, model: Checkpoint) -> str | None:
-    """Return the embedding that a checkpoint without an output embedding uses for one."""
+    """Return the tensor that a checkpoint has in the place of an embedding or head that it does not store."""
+    if not (_OUTPUT.search(name) or _INPUT.search(name)):
+        return None
+    # Encoder-decoders have one embedding under up to four names.
+    known = tied_names(model, name)
+    if known:
+        return next((n for n in model.tensors if n in known), None)
     if not _OUTPUT.search(name) or not is_tied(model):
         return None
     return next((n for n, t in model.tensors.items() if _INPUT.search(n) and len(t.shape) == 2), None)

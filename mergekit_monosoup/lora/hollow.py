@@ -43,6 +43,7 @@ from mergekit_monosoup.lora.placement import Change, NameMap, Placement
 
 _NAME = "default"
 _OF_THE_ADAPTER = (".lora_", ".modules_to_save.", ".token_adapter.trainable_tokens")
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 _TASK_CLASSES = {
     "SEQ_CLS": AutoModelForSequenceClassification,
     "TOKEN_CLS": AutoModelForTokenClassification,
@@ -110,7 +111,8 @@ def _asked_for(adapter: Adapter, model: Any, config: Any) -> Any | None:
     names = {id(module): name for name, module in model.named_modules()}
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     name = names.get(id(embedding))
-    found = (whole.get(f"{name}.{leaf}") for leaf in ("weight", "base_layer.weight"))
+    leaves = ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
+    found = (whole.get(f"{name}.{leaf}") for leaf in leaves)
     rows = next((len(tensor) for tensor in found if tensor is not None), None)
     if rows is not None and embedding is not None and rows != embedding.weight.shape[0]:
         config.get_text_config().vocab_size = rows
@@ -141,11 +143,16 @@ def place(reference: ModelReference, adapter: Adapter, trust_remote_code: bool =
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
             tensors = with_swapped_stacks(adapter, tensors, adapted)
             result = set_peft_model_state_dict(adapted, tensors, adapter_name=_NAME, low_cpu_mem_usage=True)
+        except IndexError as error:
+            raise AdapterError(
+                f"adapter {adapter.source} trains tokens that base {reference.model} has no rows for; save "
+                "it again with save_embedding_layers=True, so that it brings its embedding"
+            ) from error
         except (ValueError, RuntimeError, KeyError) as error:
             raise AdapterError(
                 f"adapter {adapter.source} does not fit base {reference.model}: {error}"
             ) from error
-    strangers = list(result.unexpected_keys)
+    strangers = [key for key in result.unexpected_keys if not _is_saved_twice(key, tensors)]
     strangers += [key for key in result.missing_keys if "lora_" in key and f".{_NAME}" in key]
     if strangers:
         raise AdapterError(
@@ -154,6 +161,18 @@ def place(reference: ModelReference, adapter: Adapter, trust_remote_code: bool =
         )
     ties = {name: names for names in _aliases(shells).values() for name in names}
     return Placement(names, _changes(adapted, shells), ties)
+
+
+def _is_saved_twice(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Say whether trained tokens are those of an embedding that the model ties to this one."""
+    return key.endswith(_TOKENS) and any(
+        other != key
+        and other.endswith(_TOKENS)
+        and tensors[other].shape == tensors[key].shape
+        and torch.equal(tensors[other], tensors[key])
+        for other in tensors
+        if key in tensors
+    )
 
 
 def _aliases(shells: Mapping[str, nn.Parameter]) -> dict[int, list[str]]:
@@ -216,7 +235,7 @@ def _changes(adapted: PeftModel, shells: dict[str, nn.Parameter]) -> dict[str, C
 
 
 def _plain(path: str) -> str:
-    return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", path.removeprefix(PREFIX))
+    return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.|$)", "", path.removeprefix(PREFIX))
 
 
 def _layer_updates(layer: LoraLayer) -> Iterator[tuple[str, LowRankUpdate]]:

@@ -51,13 +51,33 @@ def plain_keys(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"adapter {source}: {key} does not start with {PREFIX}; save the adapter by peft's "
                 "save_pretrained"
             )
-    return _without_adapter_name(source, renamed)
+    return _without_wrappers(_without_adapter_name(source, renamed))
 
 
 _PREFIXES: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("module.", lambda key: key.removeprefix("module.")),
     (PREFIX * 2, lambda key: key.removeprefix(PREFIX)),
 )
+
+
+def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return whole tensors once, by the names of their modules.
+
+    Of a longer vocabulary, peft saves a trained embedding three times: as it is named in the model, by its
+    wrapper, and the untrained original.
+    """
+    plain = {}
+    for key, tensor in tensors.items():
+        if ".original_module." in key:
+            twins = (key.replace(".original_module.", other, 1) for other in (".", ".modules_to_save."))
+            if any(twin in tensors for twin in twins):
+                continue
+        if ".modules_to_save." in key:
+            key = key.replace(".modules_to_save.", ".", 1)
+            if key in tensors:
+                continue
+        plain[key] = tensor
+    return plain
 
 
 def _without_adapter_name(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,6 +31,8 @@ _DETAILS = "unsloth_fused_expert_lora"
 # Between the two readings of trained stacks the mean squared cosine differs by factors of 2 to 20 and by
 # hundreds of standard errors; of stacks without any structure, by less than these in all of ten thousand.
 _FACTOR, _STANDARD_ERRORS = 1.5, 8.0
+# Columns this alike were not trained apart: one adapter copied to all experts shows it the other way round.
+_COPIES = 0.95
 
 
 def with_peft_layout(
@@ -119,6 +121,8 @@ def layout_by_values(stacks: Sequence[tuple[Tensor, int]]) -> str | None:
     if abs(difference) < _STANDARD_ERRORS * math.sqrt(variance):
         return None
     if max(by_rank, grouped) < _FACTOR * min(by_rank, grouped):
+        return None
+    if max(by_rank, grouped) > _COPIES * len(stacks):
         return None
     return _PEFT if by_rank > grouped else _GROUPED
 

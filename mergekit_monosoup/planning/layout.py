@@ -60,7 +60,7 @@ def plan_tensors(
                 if architecture is not None:
                     _plan_modules(recipe, models, architecture, planner, planner.problems)
                     lost = {checkpoint.name: planner.lost(checkpoint) for checkpoint in ordered}
-                    if not (planner.lacking or any(lost.values())):
+                    if not (planner.lacking or planner.some_lack or any(lost.values())):
                         return _taken_over(planner, problems)
                     unknown = _misfit(planner, ordered, architecture.name) if by_name else None
                     if by_name and unknown is None:

@@ -44,6 +44,8 @@ class TensorPlanner:
         self.planned: list[PlannedTensor] = []
         self.asked: dict[str, list[Weight]] = {}
         self.lacking = False
+        self.some_lack = False
+        """Whether a checkpoint lacks an optional tensor that another has."""
         self._by_class: dict[str, Mapping[str, str]] = {}
         self.misshapen = ""
         self._used: dict[str, set[str]] = {}
@@ -128,6 +130,7 @@ class TensorPlanner:
                 tied_only = tied_only and stored.name in weight.tied_names
         if out.optional and (not found or tied_only):
             return
+        self.some_lack = self.some_lack or bool(missing)
         if self.method.ours and self._is_left_out(out, inputs, found, missing, part):
             for source, stored in found:
                 self._used.setdefault(source.checkpoint.name, set()).add(stored.name)
