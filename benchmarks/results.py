@@ -10,7 +10,7 @@ from typing import Any
 from common import shown
 
 HERE = Path(__file__).resolve().parent
-ORDER = ("spectral", "memory", "merge", "growth", "floor", "projector", "kernels", "gpu")
+ORDER = ("spectral", "memory", "merge", "growth", "floor", "projector", "kernels", "scale", "tune", "gpu")
 # What is asked of a figure: (benchmark, figure, wording, must, aim, beyond, whether more is better).
 ASKED = (
     (
@@ -103,6 +103,25 @@ ASKED = (
         "arithmetic of a merge in the shape of Qwen3-14B on one H100 or H200, seconds (paper, A100: 83.3)",
         60.0,
         None,
+        None,
+        False,
+    ),
+    ("scale", "speed-up of two workers over one", "two workers over one, on Ray", 1.7, 1.9, None, True),
+    (
+        "scale",
+        "Ray over here on one core, beside its start-up",
+        "Ray over a local merge on one core, more time beside its start-up",
+        0.15,
+        0.05,
+        None,
+        False,
+    ),
+    (
+        "scale",
+        "driver's peak over that of a third of the layers",
+        "peak memory of Ray's driver, over that for a third of the layers",
+        1.1,
+        1.02,
         None,
         False,
     ),

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -24,44 +23,19 @@ from mergekit_monosoup.checkpoint.pinned import pinned, revisions_of
 from mergekit_monosoup.checkpoint.scales import is_scale, scale_name
 from mergekit_monosoup.cluster.connection import RayOptions
 from mergekit_monosoup.errors import NonFiniteError, ShapeMismatchError
+from mergekit_monosoup.inspected import Looked, Question, curve, short_names, sweep
 from mergekit_monosoup.lora.adapted import AdaptedLoader, adapted_loader
 from mergekit_monosoup.lora.exact import same_base, update_of
 from mergekit_monosoup.merging.room import Room
 from mergekit_monosoup.report.figures import change
-from mergekit_monosoup.report.measure import edit_fields, frobenius_norm, tensor_record
+from mergekit_monosoup.report.measure import frobenius_norm, tensor_record
 from mergekit_monosoup.report.rounding import expected_survival, sample
-from mergekit_monosoup.report.schema import Action, SpectrumCurve, TensorRecord
-from mergekit_monosoup.spectral.analysis import Analysis, analyse_update, spectrum_points
+from mergekit_monosoup.report.schema import Action, TensorRecord
+from mergekit_monosoup.spectral.analysis import analyse_update
 from mergekit_monosoup.spectral.matrix import choose_view
-from mergekit_monosoup.spectral.mixing import Mixing
-from mergekit_monosoup.spectral.split import EFFECTIVE_RANK, Split
 
 # Bytes that an entry of an input takes while it is looked at: float32 update, float64 matrix, squares.
 _WIDE = 24
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of each tensor.
-
-    Args:
-        energies: further thresholds R to split by.
-        device: where to decompose.
-        split, mixing: of the record itself.
-    """
-
-    energies: tuple[float, ...] = ()
-    device: str = "cpu"
-    split: Split = EFFECTIVE_RANK
-    mixing: Mixing = "monosoup"
-
-
-@dataclass(frozen=True)
-class Looked:
-    """What one tensor says: its record, and how each fine-tuned one lies to the base."""
-
-    record: TensorRecord
-    relations: tuple[tuple[str, Relation | None], ...] = ()
 
 
 class Inspection:
@@ -239,8 +213,8 @@ class Inspection:
             edit=analysis.record if analysis else None,
             update_norm=frobenius_norm(mean),
             method="inspect",
-            spectrum=_curve(analysis),
-            sweep=_sweep(analysis),
+            spectrum=curve(analysis),
+            sweep=sweep(analysis),
             cosines=self._cosines(updates),
         )
         share = change(record)
@@ -259,7 +233,7 @@ class Inspection:
         return _update(name, self.names[index], base, stored[index])
 
     def _cosines(self, updates: Sequence[Tensor]) -> dict[str, float | None]:
-        labels = _short_names(self.names[1:])
+        labels = short_names(self.names[1:])
         found: dict[str, float | None] = {}
         norms = [frobenius_norm(update) for update in updates]
         for i, j in combinations(range(len(updates)), 2):
@@ -314,27 +288,3 @@ def _update(tensor: str, model: str, base: Tensor, finetuned: Tensor) -> Tensor:
             "damaged, or training diverged"
         )
     return update
-
-
-def _curve(analysis: Analysis | None) -> SpectrumCurve | None:
-    if analysis is None or not analysis.singular_values:
-        return None
-    # Of a stack of experts, the first one stands for all.
-    index, value, energy = spectrum_points(analysis.singular_values[0])
-    return SpectrumCurve(index=tuple(index), value=tuple(value), energy=tuple(energy))
-
-
-def _sweep(analysis: Analysis | None) -> dict[str, dict[str, float]]:
-    names = ("k", "p_k", "rho", "cos_alpha", "lambda_low", "lambda_high")
-    if analysis is None or not analysis.singular_values:
-        return {}
-    return {
-        f"{energy:g}": {name: edit_fields(record)[name] for name in names}
-        for energy, record in analysis.fixed.items()
-    }
-
-
-def _short_names(names: Sequence[str]) -> list[str]:
-    """Return the last part of each path, or the whole of them where those are not distinct."""
-    short = [Path(name).name for name in names]
-    return short if len(set(short)) == len(short) else list(names)

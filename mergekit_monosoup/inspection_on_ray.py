@@ -8,7 +8,8 @@ import torch
 
 from mergekit_monosoup.cluster.connection import RayOptions, connected
 from mergekit_monosoup.cluster.pool import Driver, Pool, node
-from mergekit_monosoup.inspection import Inspection, Looked, Question
+from mergekit_monosoup.inspected import Looked, Question
+from mergekit_monosoup.inspection import Inspection
 from mergekit_monosoup.merging.units import operations
 from mergekit_monosoup.report.schema import TensorRecord
 

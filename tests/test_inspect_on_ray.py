@@ -81,7 +81,8 @@ def test_what_a_worker_takes_without_a_cluster():
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_whatever_the_number_of_cores(family, threads):
-    from mergekit_monosoup.inspection import Inspection, Question
+    from mergekit_monosoup.inspected import Question
+    from mergekit_monosoup.inspection import Inspection
 
     models = family("qwen3-tied", "bf16")
     inspection = Inspection(str(models.base), [str(models.tuned[0])])

@@ -74,7 +74,8 @@ def inspect(
     cosines between their updates are reported.
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
-    from mergekit_monosoup.inspection import Inspection, Question
+    from mergekit_monosoup.inspected import Question
+    from mergekit_monosoup.inspection import Inspection
     from mergekit_monosoup.merging.progress import progress
     from mergekit_monosoup.report.inputs import InputHashes
     from mergekit_monosoup.report.recorder import Recorder, new_header
