@@ -98,7 +98,7 @@ def test_a_disk_that_may_only_be_read(tmp_path, pair):
 
 
 def _hold(out):
-    from mergekit_monosoup.merging.folder import WorkFolder
+    from mergekit_monosoup.checkpoint.work_folder import WorkFolder
 
     folder = WorkFolder(out)
     folder.open()
@@ -219,7 +219,7 @@ def test_overwrite_keeps_the_old_model_until_the_new_one_stands(tmp_path, slow_p
 
 
 def _die_after_one_rename():
-    from mergekit_monosoup.merging import folder
+    from mergekit_monosoup.checkpoint import work_folder as folder
 
     rename = os.rename
 
