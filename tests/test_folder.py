@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from disks import small_disk
 
+from mergekit_monosoup.checkpoint import work_folder as folders
 from mergekit_monosoup.checkpoint.output import occupied
+from mergekit_monosoup.checkpoint.work_folder import WorkFolder
 from mergekit_monosoup.errors import ConfigurationError, OutputError
-from mergekit_monosoup.merging import folder as folders
-from mergekit_monosoup.merging.folder import WorkFolder
 
 OLD = {"config.json": "old", "old.txt": "old", "sub/x": "old"}
 NEW = {"config.json": "new", "model.safetensors": "new", "sub/x": "new", "sub/deeper/y": "new"}
@@ -122,8 +122,8 @@ def test_two_merges_into_one_folder(tmp_path):
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
-from mergekit_monosoup.merging import folder
-from mergekit_monosoup.merging.folder import WorkFolder
+from mergekit_monosoup.checkpoint import work_folder as folder
+from mergekit_monosoup.checkpoint.work_folder import WorkFolder
 
 out, new, calls = Path(sys.argv[1]), eval(sys.argv[2]), int(sys.argv[3])
 
@@ -296,7 +296,7 @@ NOBODY = """
 import os, sys
 from pathlib import Path
 from mergekit_monosoup.errors import MonoSoupError
-from mergekit_monosoup.merging.folder import WorkFolder
+from mergekit_monosoup.checkpoint.work_folder import WorkFolder
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 try:
     work = WorkFolder(Path(sys.argv[1]))

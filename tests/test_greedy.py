@@ -247,3 +247,18 @@ def test_what_counts_as_content(tmp_path):
     assert Evaluation("echo {model}").digest() == Evaluation("echo  '{model}'").digest()
     with pytest.raises(ParameterError):
         Evaluation("echo")
+
+
+def test_what_an_interrupted_merge_has_left_is_named_before_anything_is_scored(tmp_path, models, scoring):
+    command, _, log = scoring
+    left = tmp_path / "out.partial" / "model" / "model.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_text("mine")
+    arguments = [*models[1][:2], "--eval", command, "--out", tmp_path / "out"]
+    said = run(*arguments, code=1)
+    assert "--resume to go on with it, or --restart" in said
+    assert left.read_text() == "mine"
+    assert not log.exists()
+    run(*arguments, "--restart")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out.partial").exists()

@@ -196,6 +196,19 @@ def test_output_is_not_replaced_unasked(tmp_path):
     assert (out / "adapter_model.safetensors").read_bytes() == before
     edit(source, out, "--overwrite")
     assert (out / "adapter_model.safetensors").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_what_an_interrupted_command_has_left_is_named_and_kept(tmp_path):
+    source = make_adapter("plain", tmp_path / "in")
+    left = tmp_path / "out.partial" / "model" / "model.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_text("of a merge")
+    result = run(source, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "out.partial is what an interrupted command has left" in result.output
+    assert left.read_text() == "of a merge"
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_of_the_hub_are_found_in_its_cache(tmp_path, monkeypatch):

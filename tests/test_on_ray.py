@@ -7,12 +7,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 from checkpoints import write_adapter
-from commands import ROOT, recipe, write_config
+from commands import recipe, write_config
+from forked import Command, run_command
 from reliability_pair import write_slow_pair
 
 ray = pytest.importorskip("ray")
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.slow
 
 # Newer versions of Ray ask for a token, which the tests' own cluster can do without.
 CLUSTER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **CLUSTER}
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +37,7 @@ def cluster():
 
 def merge(folder, config, *options, check=0):
     file = write_config(folder, config)
-    command = [sys.executable, "-m", "mergekit_monosoup", "merge", str(file), str(folder / "out"), "--quiet"]
-    done = subprocess.run(
-        [*command, *options], capture_output=True, text=True, env=ENV, timeout=300, check=False
-    )
+    done = run_command("merge", file, folder / "out", "--quiet", *options, env=CLUSTER)
     assert done.returncode == check, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -70,7 +66,6 @@ def configurations(family, tmp_path):
     one = recipe(base, models.tuned[0])
     return {
         "monosoup": one,
-        "sharded": one,
         "gradients": {**one, "parameters": {"alpha": [0.2, 1.0], "energy": 0.8}},
         "tokenizer": {**one, "tokenizer": {"source": "base"}},
         "sfgs": {**recipe(base, *models.tuned), "merge_method": "sfgs"},
@@ -80,22 +75,39 @@ def configurations(family, tmp_path):
     }
 
 
+# Workers import all anew for each merge, which is most of its time: two where they share something out
+# beforehand, else one.
+ONE_WORKER = ["--ray-cpus", "2"]
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["monosoup", "sharded", "gradients", "tokenizer", "sfgs", "model_stock_stable", "ties", "adapter"],
+    ("name", "workers"),
+    [
+        ("gradients", ONE_WORKER),
+        ("tokenizer", ONE_WORKER),
+        ("sfgs", []),
+        ("model_stock_stable", ONE_WORKER),
+        ("ties", ONE_WORKER),
+        ("adapter", []),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_bytes_and_the_report_of_a_local_run(tmp_path, family, cluster, name):
+def test_the_bytes_and_the_report_of_a_local_run(tmp_path, family, cluster, name, workers):
     config = configurations(family, tmp_path)[name]
-    options = ["--out-shard-size", "60K"] if name == "sharded" else []
+    options = ["--out-shard-size", "60K"] if name == "gradients" else []
     if name == "adapter":
         options += ["--lora-merge-cache", str(tmp_path / "cache")]
+    same_as_here(tmp_path, config, options, ["--ray", cluster, *workers], reported=name != "ties")
+
+
+def same_as_here(tmp_path, config, options, on_cluster, reported=True):
     for folder in ("local", "ray"):
         (tmp_path / folder).mkdir()
     merge(tmp_path / "local", config, *options)
-    merge(tmp_path / "ray", config, *options, "--ray", cluster)
+    merge(tmp_path / "ray", config, *options, *on_cluster)
     local, on_ray = tmp_path / "local" / "out", tmp_path / "ray" / "out"
     assert digests(local) == digests(on_ray)
-    if name != "ties":
+    if reported:
         assert records(local) == records(on_ray)
         lines = (on_ray / "monosoup_report.jsonl").read_text().splitlines()[1:]
         assert any('"node"' in line for line in lines)
@@ -103,9 +115,7 @@ def test_the_bytes_and_the_report_of_a_local_run(tmp_path, family, cluster, name
 
 
 def test_a_cluster_of_its_own(tmp_path, family):
-    config = configurations(family, tmp_path)["monosoup"]
-    merge(tmp_path, config, "--ray", "local")
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    same_as_here(tmp_path, configurations(family, tmp_path)["monosoup"], [], ["--ray", "local"])
 
 
 def test_without_a_shared_folder_tensors_come_back(tmp_path, family, cluster, monkeypatch):
@@ -150,8 +160,7 @@ def test_without_a_shared_folder_tensors_come_back(tmp_path, family, cluster, mo
 
 def start(folder, config, *options):
     file = write_config(folder, config)
-    command = [sys.executable, "-m", "mergekit_monosoup", "merge", str(file), str(folder / "out"), "--quiet"]
-    return subprocess.Popen([*command, *options], env=ENV, stderr=subprocess.PIPE, text=True)
+    return Command("merge", file, folder / "out", "--quiet", *options, env=CLUSTER)
 
 
 def wait_for_lines(folder, count, running):

@@ -13,6 +13,8 @@ from mergekit_monosoup.errors import ConfigurationError, OutputError
 
 # Beside the result while it is made, so that moving it into place never crosses a file system.
 PARTIAL = ".partial"
+# In it: what a merge has done.
+JOURNAL = "monosoup_journal.jsonl"
 # What the operating system says where there is no room.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     help="File of the scores already known.  [default: OUT.journal.jsonl]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace what OUT holds once the soup is done.")
+@click.option("--resume", is_flag=True, help="Go on with the soup whose writing was interrupted.")
+@click.option("--restart", is_flag=True, help="Delete what an interrupted writing has left.")
 @add_merge_options
 def greedy(
     checkpoints: tuple[str, ...],
@@ -46,6 +48,8 @@ def greedy(
     lower_is_better: bool,
     journal: Path | None,
     overwrite: bool,
+    resume: bool,
+    restart: bool,
     merge_options: MergeOptions,
 ) -> None:
     """Search the Greedy Soup of CHECKPOINTS by a score on held-out data.
@@ -54,21 +58,27 @@ def greedy(
     it if the mean scores strictly better. Every score goes into the journal at once, under the content
     of what was scored, so that an interrupted search resumes. Works for any model mergekit can merge.
     """
+    from mergekit_monosoup.checkpoint.output import left_behind, refuse_occupied
     from mergekit_monosoup.errors import ConfigurationError
+    from mergekit_monosoup.merging.run import RunOptions
     from mergekit_monosoup.search.evaluation import Evaluation
     from mergekit_monosoup.search.greedy import greedy_soup
     from mergekit_monosoup.search.journal import Journal
     from mergekit_monosoup.search.kitchen import Kitchen
 
+    if resume and restart:
+        raise click.UsageError("--resume goes on with what --restart deletes; pass one of them")
     if len(checkpoints) < 2:
         raise click.UsageError("give at least two checkpoints")
     merge_options.apply_global_options()
     out_path = out_path.resolve()
     quiet = merge_options.quiet
     with reported_errors():
-        if out_path.exists() and any(out_path.iterdir()) and not overwrite:
-            # Now, not after hours of evaluations.
-            raise ConfigurationError(f"output folder {out_path} is not empty; choose another or --overwrite")
+        # Now, not after hours of evaluations.
+        refuse_occupied(out_path, overwrite)
+        left = None if resume or restart else left_behind(out_path)
+        if left is not None:
+            raise ConfigurationError(left)
         known = Journal(journal or out_path.with_name(out_path.name + ".journal.jsonl"))
         evaluation = Evaluation(command)
         out_path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +92,7 @@ def greedy(
                 progress=(lambda _: None) if quiet else (lambda line: click.echo(line, err=True)),
             )
             soup = greedy_soup(len(checkpoints), kitchen.score, lower_is_better=lower_is_better)
-        kitchen.serve(soup.members, out_path, overwrite=overwrite)
+        kitchen.serve(soup.members, out_path, RunOptions(overwrite, resume, restart))
     if not quiet:
         click.echo(_table(soup, checkpoints))
         count = len(soup.members)

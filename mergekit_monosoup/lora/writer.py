@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +14,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from mergekit_monosoup.checkpoint.card import public_name
-from mergekit_monosoup.checkpoint.output import refuse_occupied
+from mergekit_monosoup.checkpoint.output import told
+from mergekit_monosoup.checkpoint.work_folder import WorkFolder
 from mergekit_monosoup.lora.adapter import COMPANIONS, Adapter
 from mergekit_monosoup.lora.editing import AdapterOptions, EditedAdapter, ModuleRecord
 
@@ -33,33 +32,36 @@ def write_adapter(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write an edited adapter beside `out` and move it into place when it is complete.
+    """Write an edited adapter in a folder beside `out` and move it into place when it is complete.
 
     The folder holds adapter_config.json and adapter_model.safetensors as peft writes them, the tokenizer
     files of the first input, what was done to each module (`monosoup_edit.json`) and a model card.
 
     Raises:
-        ConfigurationError: `out` exists and is not to be replaced.
+        ConfigurationError: `out` exists and is not to be replaced, or something is left of an earlier run.
+        OutputError: another command is writing there, or the folder cannot be written to.
     """
-    refuse_occupied(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    folder = WorkFolder(out, resumable=False)
+    folder.open(overwrite=overwrite)
     try:
-        staging.chmod(0o755)
-        provenance = _provenance(adapters, options)
-        metadata = {"format": "pt", "mergekit_monosoup": json.dumps(provenance)}
-        save_file(edited.tensors, staging / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)
-        _dump(staging / CONFIG_NAME, edited.settings)
-        _dump(staging / RECORD_NAME, provenance | {"modules": [_described(r) for r in edited.records]})
-        (staging / "README.md").write_text(_card(edited, adapters, options), "utf-8")
-        for name in COMPANIONS:
-            if (adapters[0].folder / name).is_file():
-                shutil.copy(adapters[0].folder / name, staging / name)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with told(folder.path):
+            _write(folder.path, edited, adapters, options)
+        folder.finish()
+    except BaseException:
+        folder.abandon(keep=False)
+        raise
+
+
+def _write(folder: Path, edited: EditedAdapter, adapters: Sequence[Adapter], options: AdapterOptions) -> None:
+    provenance = _provenance(adapters, options)
+    metadata = {"format": "pt", "mergekit_monosoup": json.dumps(provenance)}
+    save_file(edited.tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)
+    _dump(folder / CONFIG_NAME, edited.settings)
+    _dump(folder / RECORD_NAME, provenance | {"modules": [_described(r) for r in edited.records]})
+    (folder / "README.md").write_text(_card(edited, adapters, options), "utf-8")
+    for name in COMPANIONS:
+        if (adapters[0].folder / name).is_file():
+            shutil.copy(adapters[0].folder / name, folder / name)
 
 
 def _dump(path: Path, value: Mapping[str, Any]) -> None:

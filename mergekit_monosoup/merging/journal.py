@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_monosoup.checkpoint.output import JOURNAL, told
 from mergekit_monosoup.checkpoint.output import sync as sync_path
-from mergekit_monosoup.checkpoint.output import told
 from mergekit_monosoup.errors import ConfigurationError, InputError
 
-NAME = "monosoup_journal.jsonl"
+NAME = JOURNAL
 _BEGIN_AGAIN = "begin again with --restart"
 # What a kill may cost. A flush waits for the disk, and the disk has to take all bytes some time anyway.
 _SECONDS = 0.5

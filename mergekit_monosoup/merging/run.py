@@ -18,12 +18,12 @@ from mergekit_monosoup import host
 from mergekit_monosoup.alignment.soup_decision import SoupDecision
 from mergekit_monosoup.checkpoint.output import FULL, full_disk
 from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
+from mergekit_monosoup.checkpoint.work_folder import WorkFolder
 from mergekit_monosoup.errors import ConfigurationError, InputError, InterruptedMerge
 from mergekit_monosoup.merging.adapters import MERGED_ADAPTERS, adapters_opened, stored_model
 from mergekit_monosoup.merging.card import write_card
 from mergekit_monosoup.merging.files import check_fits, files_model, source_of, tensors_in, write_beside
 from mergekit_monosoup.merging.fingerprint import check_unchanged, fingerprint, stamps
-from mergekit_monosoup.merging.folder import WorkFolder
 from mergekit_monosoup.merging.journal import Done, Journal
 from mergekit_monosoup.merging.local import run_units
 from mergekit_monosoup.merging.modules import merge_modules

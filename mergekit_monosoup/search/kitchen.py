@@ -93,10 +93,10 @@ class Kitchen:
         self._progress(f"{' + '.join(names)}: {score:g}")
         return score
 
-    def serve(self, members: Sequence[int], out: Path, *, overwrite: bool = False) -> str:
+    def serve(self, members: Sequence[int], out: Path, run_options: RunOptions) -> str:
         """Write the mean of the members, with its recipe, into `out`, and return the recipe."""
         recipe = soup_recipe([self.candidates[index] for index in members])
-        merge_to_folder(recipe, out, self._options, RunOptions(overwrite=overwrite))
+        merge_to_folder(recipe, out, self._options, run_options)
         (out / "mergekit_config.yml").write_text(recipe, "utf-8")
         return recipe
 

@@ -8,25 +8,23 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import copy_with_tensors, load_tensors
-from commands import ROOT, recipe, write_config
+from commands import recipe, write_config
+from forked import Command, run_command
 from safetensors.torch import load_file, save_file
 
-COMMAND = [sys.executable, "-m", "mergekit_monosoup", "merge"]
 
-
-def merge(folder, config, *options, prefix=(), check=None, **popen):
-    """Run our merge command in a fresh process; its exit status and what it prints."""
-    file = write_config(folder, config)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [*prefix, *COMMAND, str(file), str(folder / "out"), "--quiet", *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False, **popen)
+def merge(folder, config, *options, out=None, check=None, before=None):
+    """Run our merge command in a process of its own; its exit status and what it prints."""
+    file = write_config(folder, config) if isinstance(config, dict) else config
+    done = run_command("merge", file, out or folder / "out", "--quiet", *options, before=before)
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
@@ -87,14 +85,7 @@ def test_a_disk_that_fills_up_while_merging(tmp_path, pair):
 def test_a_folder_that_cannot_be_written_to(tmp_path, pair):
     file = tmp_path / "file"
     file.write_text("")
-    done = subprocess.run(
-        [*COMMAND, str(write_config(tmp_path, pair)), str(file / "out"), "--quiet"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 1
+    done = merge(tmp_path, pair, out=file / "out", check=1)
     assert "cannot be written to" in error_of(done)
 
 
@@ -102,39 +93,30 @@ def test_a_disk_that_may_only_be_read(tmp_path, pair):
     with small_disk(tmp_path / "disk", 2) as disk:
         file = write_config(disk, pair)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        done = subprocess.run(
-            [*COMMAND, str(file), str(disk / "out"), "--quiet"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            check=False,
-        )
-        assert done.returncode == 1
+        done = merge(disk, file, check=1)
         assert "cannot be written to" in error_of(done)
 
 
+def _hold(out):
+    from mergekit_monosoup.checkpoint.work_folder import WorkFolder
+
+    folder = WorkFolder(out)
+    folder.open()
+    print("held", flush=True)
+    time.sleep(300)
+
+
 def test_two_merges_into_one_folder(tmp_path, pair):
-    file = write_config(tmp_path, pair)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    code = (
-        "import sys; from pathlib import Path; from mergekit_monosoup.merging.folder import WorkFolder\n"
-        "folder = WorkFolder(Path(sys.argv[1])); folder.open(); print('held', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "out")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=env,
-        text=True,
-    )
-    assert holder.stdout.readline() == "held\n"
+    holder = Command("merge", before=partial(_hold, tmp_path / "out"))
+    while "held" not in holder.said():
+        assert holder.poll() is None
+        time.sleep(0.01)
     done = merge(tmp_path, pair, check=1)
     assert "another merge is writing to" in error_of(done)
     # A dead process holds no lock.
     holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    holder.communicate()
     merge(tmp_path, pair, check=0)
-    assert file.exists()
 
 
 def test_what_an_interrupted_merge_has_left_is_named_and_kept(tmp_path, pair):
@@ -154,14 +136,7 @@ def test_what_an_interrupted_merge_has_left_is_named_and_kept(tmp_path, pair):
 def interrupted(folder, config, *options, sig=signal.SIGKILL, after=1):
     """Start a merge and stop it once its journal has some lines; False where it was too quick."""
     file = write_config(folder, config)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    running = subprocess.Popen(
-        [*COMMAND, str(file), str(folder / "out"), "--quiet", *options],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    running = Command("merge", file, folder / "out", "--quiet", *options)
     journal = folder / "out.partial" / "monosoup_journal.jsonl"
     while running.poll() is None:
         if journal.exists() and journal.read_text().count("\n") > after:
@@ -243,6 +218,18 @@ def test_overwrite_keeps_the_old_model_until_the_new_one_stands(tmp_path, slow_p
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
 
 
+def _die_after_one_rename():
+    from mergekit_monosoup.checkpoint import work_folder as folder
+
+    rename = os.rename
+
+    def killed(source, target):
+        rename(source, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    folder.os.rename = killed
+
+
 def test_killed_between_the_two_renames(tmp_path, pair):
     """The old model is put back by the next call, and the new one is gone on with."""
     out = tmp_path / "out"
@@ -250,20 +237,7 @@ def test_killed_between_the_two_renames(tmp_path, pair):
     before = (out / "model.safetensors").read_bytes()
     config = {**pair, "parameters": {"alpha": 0.5}}
     file = write_config(tmp_path, config)
-    code = (
-        "import os, signal, sys\nfrom mergekit_monosoup.cli import main\n"
-        "rename = os.rename\n"
-        "def killed(a, b):\n    rename(a, b)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "import mergekit_monosoup.merging.folder as folder\nfolder.os.rename = killed\n"
-        "main(sys.argv[1:])"
-    )
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    dead = subprocess.run(
-        [sys.executable, "-c", code, "merge", str(file), str(out), "--overwrite", "--quiet"],
-        env=env,
-        capture_output=True,
-        check=False,
-    )
+    dead = run_command("merge", file, out, "--overwrite", "--quiet", before=_die_after_one_rename)
     assert dead.returncode == -signal.SIGKILL
     assert not out.exists()
     done = merge(tmp_path, config, check=1)
@@ -285,10 +259,7 @@ def test_a_shard_that_is_cut_off(tmp_path, family):
 
 def test_an_input_that_is_replaced_while_merging(tmp_path, slow_pair):
     file = write_config(tmp_path, slow_pair)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    running = subprocess.Popen(
-        [*COMMAND, str(file), str(tmp_path / "out"), "--quiet"], env=env, stderr=subprocess.PIPE, text=True
-    )
+    running = Command("merge", file, tmp_path / "out", "--quiet")
     journal = tmp_path / "out.partial" / "monosoup_journal.jsonl"
     while running.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 1):
         time.sleep(0.002)
@@ -302,21 +273,19 @@ def test_an_input_that_is_replaced_while_merging(tmp_path, slow_pair):
     assert not (tmp_path / "out").exists()
 
 
+def _little_memory():
+    import mergekit_monosoup.merging.run
+    import mergekit_monosoup.methods.monosoup  # noqa: F401
+
+    lines = Path("/proc/self/status").read_text().splitlines()
+    held = next(int(line.split()[1]) for line in lines if line.startswith("VmSize"))
+    limit = (held + (24 << 10)) << 10
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
 def test_too_little_memory(tmp_path, slow_pair):
     """An address space that Python and the libraries fit into, and the merge does not."""
-    code = (
-        "import mergekit_monosoup.merging.run, mergekit_monosoup.methods.monosoup\n"
-        "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmPeak')))"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    peak = int(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True).stdout)
-    limit = (peak + (24 << 10)) << 10
-    done = merge(
-        tmp_path,
-        slow_pair,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-        check=1,
-    )
+    done = merge(tmp_path, slow_pair, before=_little_memory, check=1)
     assert "there is not enough memory" in error_of(done)
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import filelock
 
-from mergekit_monosoup.checkpoint.output import PARTIAL, partial_of, refuse_occupied, sync, told
+from mergekit_monosoup.checkpoint.output import JOURNAL, PARTIAL, partial_of, refuse_occupied, sync, told
 from mergekit_monosoup.errors import ConfigurationError, OutputError
-from mergekit_monosoup.merging import journal
 
 LOG = logging.getLogger(__name__)
 
@@ -34,17 +33,24 @@ class WorkFolder:
     moving leaves enough for the next call of `open` to put everything back to where it was before.
     """
 
-    def __init__(self, out: Path) -> None:
-        """Say where the result goes; nothing is touched yet. A link stays a link: its target is replaced."""
+    def __init__(self, out: Path, *, resumable: bool = True) -> None:
+        """Say where the result goes; nothing is touched yet. A link stays a link: its target is replaced.
+
+        Args:
+            out: the folder of the result.
+            resumable: whether the command has `--resume` and `--restart`; else it names what is left of an
+                interrupted run, and its user removes that.
+        """
         self.out = Path(os.path.realpath(out))
         beside, within = partial_of(self.out), self.out / PARTIAL
         # What is left of an interrupted run says where it worked.
         self._within = not beside.exists() and (within.exists() or not _can_be_renamed(self.out))
         self.root = within if self._within else beside
         self.path = self.root / _RESULT
-        self.journal = self.root / journal.NAME
+        self.journal = self.root / JOURNAL
         self._replaced = self.root / _REPLACED
         self._moving = self.root / _MOVING
+        self._resumable = resumable
         self._lock = filelock.FileLock(self.root / _LOCK, timeout=0)
 
     def open(self, *, overwrite: bool = False, resume: bool = False, restart: bool = False) -> bool:
@@ -79,6 +85,11 @@ class WorkFolder:
             if begun and resume:
                 return True
             blank = self._only({_RESULT}) and not (self.path.exists() and any(self.path.iterdir()))
+            if not blank and not self._resumable:
+                raise ConfigurationError(
+                    f"{self.root} is what an interrupted command has left; remove it if nobody goes on with "
+                    "it, or choose another output folder"
+                )
             if not blank and not resume and not restart:
                 raise ConfigurationError(
                     f"{self.root} is what an interrupted merge has left; pass --resume to go on with it, or "
@@ -153,7 +164,7 @@ class WorkFolder:
                 self._put_folder_back()
         elif self._replaced.exists() and not self.out.exists():
             os.rename(self._replaced, self.out)
-        elif self.out.exists() and self._only({_REPLACED, _MOVING, journal.NAME}):
+        elif self.out.exists() and self._only({_REPLACED, _MOVING, JOURNAL}):
             self._empty()
 
     def _put_entries_back(self) -> None:
