@@ -10,7 +10,7 @@ from typing import Any
 from common import shown
 
 HERE = Path(__file__).resolve().parent
-ORDER = ("spectral", "memory", "merge", "growth", "floor", "projector")
+ORDER = ("spectral", "memory", "merge", "growth", "floor", "projector", "tune")
 # What is asked of a figure: (benchmark, figure, wording, must, aim, beyond, whether more is better).
 ASKED = (
     (
@@ -23,6 +23,15 @@ ASKED = (
         True,
     ),
     ("spectral", "speed-up, least", "the same, least of all kinds of update", 3.0, 4.0, 6.0, True),
+    (
+        "tune",
+        "candidate over linear, time",
+        "candidate of `tune` over a `linear` merge, time",
+        1.3,
+        None,
+        None,
+        False,
+    ),
     ("merge", "monosoup over linear, time", "whole merge over a `linear` merge, time", 3.8, 3.0, 2.0, False),
     (
         "memory",

@@ -14,6 +14,7 @@ import yaml
 from checkpoints import load_tensors
 from click.testing import CliRunner
 from commands import ROOT, forget_loaders, our_command, recipe, run, write_config
+from huggingface_hub import ModelCard, metadata_load
 from safetensors.torch import save_file
 
 from mergekit_monosoup.cli import main
@@ -328,3 +329,23 @@ def test_without_optuna_the_remedy_is_named(task, tmp_path, monkeypatch):
     file, options, _ = task
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     assert "pip install mergekit-monosoup[tune]" in tune(file, tmp_path / "out", *options, code=1)
+
+
+def test_the_card_shows_the_search(task, tmp_path):
+    file, options, _ = task
+    out = tmp_path / "tuned"
+    tune(file, out, *options, "--trials", 1)
+    held = found(out)
+    chosen = held["trials"][held["chosen"]]
+    card = ModelCard.load(out / "README.md")
+    results = {result.dataset_name: result for result in card.data.eval_results}
+    assert {name: result.metric_value for name, result in results.items()} == chosen["scores"]
+    (index,) = metadata_load(out / "README.md")["model-index"]
+    assert index["name"] == "tuned"
+    assert f"**{chosen['name']}** (chosen)" in card.text
+    assert card.text.index("### Search") < card.text.index("### Configuration")
+    assert (out / "tune_front.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path) not in card.text
+    assert str(tmp_path) not in (out / "tune.json").read_text()
+    result = CliRunner().invoke(main, ["verify", str(out)])
+    assert result.exit_code == 0, result.output

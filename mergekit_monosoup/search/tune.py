@@ -20,6 +20,7 @@ from mergekit_monosoup.merging.folder import WorkFolder
 from mergekit_monosoup.merging.run import RunOptions, merge_to_folder
 from mergekit_monosoup.search import outcome_file
 from mergekit_monosoup.search.candidates import Candidates, Models, as_yaml
+from mergekit_monosoup.search.card import describe
 from mergekit_monosoup.search.choice import Rule
 from mergekit_monosoup.search.parts_on_disk import PartsOnDisk
 from mergekit_monosoup.search.scores import Keep, Score, parse_keep
@@ -168,6 +169,8 @@ def _tuned(
             folder = work / _CHOSEN if index == outcome.chosen else None
             holdout[index] = candidates.scored(trial.recipe, tune.holdout, folder)
             progress(f"{trial.name}, not seen by the search: {in_words(holdout[index])}")
+    if options.write_model_card:
+        describe(work / _CHOSEN, place.out.name, outcome, tune.scores, holdout)
     held = outcome_file.content(outcome, tune.scores, keep, tune.seed, written, holdout)
     outcome_file.write(work / _CHOSEN / outcome_file.FILE_NAME, held)
     place.path.rmdir()
