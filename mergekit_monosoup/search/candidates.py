@@ -148,6 +148,8 @@ class Candidates:
                 key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
                 known = self._journal.score(key)
                 if known is None:
+                    if score.evaluation is None:
+                        raise ConfigurationError(f"score {score.name} has no command")
                     place = place or self._made(recipe)
                     known = score.evaluation.score(place)
                     self._journal.add(key, known, name=score.name)

@@ -17,16 +17,16 @@ _KEEP = re.compile(r"\s*([A-Za-z][\w.-]*)\s*>=\s*(\S+)\s*")
 
 @dataclass(frozen=True)
 class Score:
-    """A named command, and whether less is better."""
+    """A named score, and whether less is better; the command that prints it, unless it is a function's."""
 
     name: str
-    evaluation: Evaluation
+    evaluation: Evaluation | None = None
     lower_is_better: bool = False
 
     @cached_property
     def digest(self) -> str:
         """Digest of the command and of the files that it names, as they were when it was first asked for."""
-        return self.evaluation.digest()
+        return "" if self.evaluation is None else self.evaluation.digest()
 
     @property
     def sign(self) -> float:
