@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
+from commands import ROOT
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from mergekit_monosoup import edit_state_dict, tune
 from mergekit_monosoup.errors import ConfigurationError, InputError, ParameterError
@@ -112,3 +115,31 @@ def test_refusals(task):
         tune(base, tuned, scores, method="model_stock")
     with pytest.raises(InputError, match="no trial meets"):
         tune(base, tuned, scores, trials=0, keep=["id>=1e9"])
+
+
+@pytest.mark.slow
+def test_on_the_shipped_pair_it_is_no_worse_than_wise_ft(monkeypatch, one_thread):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    demo = importlib.import_module("demo")
+    pair = ROOT / "examples" / "models"
+    base, tuned = (
+        AutoModelForCausalLM.from_pretrained(pair / name, dtype=torch.float32)
+        for name in ("base", "finetuned")
+    )
+
+    def cost(*names):
+        texts = [(pair / "heldout" / f"{name}.txt").read_bytes()[:4096] for name in names]
+        return lambda model: sum(demo.bits_per_byte(model, text) for text in texts) / len(texts)
+
+    scores = {"id": cost("prose"), "ood": cost(*demo.SHIFTS)}
+    result = tune(base, tuned, scores, lower_is_better=True, trials=10, seed=0, choose="sum")
+    sums = {trial.name: sum(trial.scores.values()) for trial in result.trials}
+    assert len(sums) >= 15
+    chosen = sum(result.outcome.best.scores.values())
+    assert chosen <= min(total for name, total in sums.items() if name.startswith("Wise-FT")) + 0.005
+    assert chosen < min(sums["base"], sums["fine-tuned"])
+    written = sum(function(result.module) for function in scores.values())
+    assert written == pytest.approx(chosen, abs=1e-6)
+    # By the default rule, a point of the front that is nearer to both bests than any of the grid.
+    nearest = tune(base, tuned, scores, lower_is_better=True, trials=2, seed=0).outcome
+    assert nearest.on_front[nearest.chosen]
