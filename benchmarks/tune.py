@@ -16,7 +16,7 @@ import common
 import merging
 import torch
 
-LAYERS, VOCABULARY = (4, 32_000)
+LAYERS, VOCABULARY = (2, 8_000)
 QUICK = (1, 512)
 REPEATS = 3
 

@@ -349,3 +349,39 @@ def test_the_card_shows_the_search(task, tmp_path):
     assert str(tmp_path) not in (out / "tune.json").read_text()
     result = CliRunner().invoke(main, ["verify", str(out)])
     assert result.exit_code == 0, result.output
+
+
+def test_functions_score_one_model_in_memory(task, models, tmp_path, monkeypatch):
+    file, options, _ = task
+    aim = tmp_path / "id.safetensors"
+    (tmp_path / "scoring_functions.py").write_text(
+        f"""
+from safetensors.torch import load_file
+seen = []
+def distance(model, tokenizer):
+    seen.append(id(model))
+    aim = load_file({str(aim)!r})
+    state = model.state_dict()
+    total = sum(float((state[n].double() - aim[n].double()).square().sum()) for n in aim)
+    return 1e3 * (total / sum(float(t.double().square().sum()) for t in aim.values())) ** 0.5
+def nothing(model, tokenizer):
+    return "much"
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "tuned"
+    both = ("--score", "in_memory=python:scoring_functions:distance", *options[:2], "--lower-is-better")
+    tune(file, out, *both, "--trials", 1)
+    trials = found(out)["trials"]
+    for trial in trials:
+        assert trial["scores"]["in_memory"] == pytest.approx(trial["scores"]["id"], rel=1e-6), trial["name"]
+    seen = sys.modules["scoring_functions"].seen
+    assert len(seen) == len(trials) + 1
+    assert len(set(seen[:-1])) == 1
+    for wrong, message in (
+        ("python:scoring_functions:absent", "cannot be imported"),
+        ("python:scoring_functions", "is not of the form python:package.module:function"),
+        ("python:scoring_functions:seen", "is no function"),
+        ("python:scoring_functions:nothing", "must return a finite number, not 'much'"),
+    ):
+        assert message in tune(file, tmp_path / "other", "--score", f"a={wrong}", "--restart", code=1)

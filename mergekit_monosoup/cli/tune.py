@@ -37,7 +37,7 @@ class _Size(click.ParamType[int]):
     required=True,
     metavar="NAME=COMMAND",
     help="Scores the checkpoint in the folder {model} and prints the score last; run without a shell. One "
-    "for each goal.",
+    "for each goal. python:package.module:function is called with the loaded model and its tokenizer.",
 )
 @click.option(
     "--lower-is-better",

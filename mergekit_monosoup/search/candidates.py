@@ -16,9 +16,11 @@ from mergekit.options import MergeOptions
 
 from mergekit_monosoup.checkpoint.headers import read_folder
 from mergekit_monosoup.errors import ConfigurationError
+from mergekit_monosoup.merging.in_memory import merge_in_memory
 from mergekit_monosoup.merging.opened import finetuned_models
 from mergekit_monosoup.merging.run import RunOptions, merge_to_folder
 from mergekit_monosoup.search.evaluation import digest_of_model
+from mergekit_monosoup.search.functions import FunctionEvaluation, Loaded
 from mergekit_monosoup.search.journal import Journal
 from mergekit_monosoup.search.parts_on_disk import PartsOnDisk
 from mergekit_monosoup.search.scores import Score
@@ -59,6 +61,11 @@ class Models:
         cache = options.transformers_cache
         contents = [digest_of_model(model, cache) for model in (self.base, *self.finetuned)]
         return hashlib.sha256("\n".join(contents).encode()).hexdigest()
+
+    def folder(self, options: MergeOptions) -> Path:
+        """Return the folder of the first fine-tuned checkpoint, of the base where that is an adapter."""
+        model = self.finetuned[0] if self.finetuned[0].lora is None else self.base
+        return Path(model.local_path(cache_dir=options.transformers_cache))
 
     def tensors(self, options: MergeOptions) -> list[str]:
         """Return the names of the base's tensors."""
@@ -101,6 +108,7 @@ class Candidates:
         options: MergeOptions,
         parts: PartsOnDisk,
         run_options: RunOptions,
+        folder: Path,
     ) -> None:
         """Open the journal in the folder.
 
@@ -111,6 +119,7 @@ class Candidates:
             options: mergekit's own.
             parts: keeps the decompositions.
             run_options: how each candidate is merged.
+            folder: of a model like the candidates, for functions that score one in memory.
         """
         self._work, self._scores, self._contents = work, scores, contents
         self._options = options.model_copy(update={"write_model_card": False, "quiet": True})
@@ -123,6 +132,8 @@ class Candidates:
             parts=parts,
         )
         self._journal = Journal(work / "journal.jsonl")
+        self._folder = folder
+        self._model: Loaded | None = None
         LoaderCache().setup(options)
         #: seconds that candidates took to be made, without their evaluation
         self.making: list[float] = []
@@ -141,6 +152,7 @@ class Candidates:
         """Return scores of what a recipe makes, which lies in `folder` or is made for it."""
         place = folder
         found: dict[str, float] = {}
+        loaded: Loaded | None = None
         try:
             for score in scores:
                 written = "" if folder is None else "written"
@@ -150,14 +162,25 @@ class Candidates:
                 if known is None:
                     if score.evaluation is None:
                         raise ConfigurationError(f"score {score.name} has no command")
-                    place = place or self._made(recipe)
-                    known = score.evaluation.score(place)
+                    if folder is None and isinstance(score.evaluation, FunctionEvaluation):
+                        loaded = loaded or self._loaded(recipe)
+                        known = score.evaluation.score_loaded(loaded)
+                    else:
+                        place = place or self._made(recipe)
+                        known = score.evaluation.score(place)
                     self._journal.add(key, known, name=score.name)
                 found[score.name] = known
         finally:
             if folder is None:
                 shutil.rmtree(self._work / _CANDIDATE, ignore_errors=True)
         return found
+
+    def _loaded(self, recipe: Mapping[str, Any]) -> Loaded:
+        """Return the model in memory with the weights that a recipe makes; nothing is written."""
+        if self._model is None:
+            self._model = Loaded(self._folder)
+        merge_in_memory(dict(recipe), self._options, self._model.put, self._work, self._run.parts)
+        return self._model
 
     def _made(self, recipe: Mapping[str, Any]) -> Path:
         started = time.monotonic()

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from mergekit_monosoup.errors import ParameterError
 from mergekit_monosoup.search.evaluation import Evaluation
+from mergekit_monosoup.search.functions import PREFIX, FunctionEvaluation
 
 ALL = "all"
 _NAME = re.compile(r"[A-Za-z][\w.-]*")
@@ -17,10 +18,13 @@ _KEEP = re.compile(r"\s*([A-Za-z][\w.-]*)\s*>=\s*(\S+)\s*")
 
 @dataclass(frozen=True)
 class Score:
-    """A named score, and whether less is better; the command that prints it, unless it is a function's."""
+    """A named score, whether less is better, and what says it: a command or a function by its name.
+
+    Without either, it is said by a function in hand.
+    """
 
     name: str
-    evaluation: Evaluation | None = None
+    evaluation: Evaluation | FunctionEvaluation | None = None
     lower_is_better: bool = False
 
     @cached_property
@@ -74,9 +78,15 @@ def parse_scores(
             raise ParameterError(f"{option} {name} is given twice; give each score a name of its own")
         commands[name] = command
     return tuple(
-        Score(name, Evaluation(command, f"{option} {name}="), name in lower or ALL in lower)
+        Score(name, _evaluation(command, f"{option} {name}="), name in lower or ALL in lower)
         for name, command in commands.items()
     )
+
+
+def _evaluation(text: str, option: str) -> Evaluation | FunctionEvaluation:
+    if not text.startswith(PREFIX):
+        return Evaluation(text, option)
+    return FunctionEvaluation(text, option)
 
 
 def check_names(names: Iterable[str], scores: Sequence[Score], option: str) -> None:

@@ -154,7 +154,8 @@ def _tuned(
     scratch = free_bytes(work) // 2 if tune.scratch is None else tune.scratch
     digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
     parts = PartsOnDisk(work / _PARTS / digest, scratch)
-    candidates = Candidates(work, tune.scores, contents, options, parts, run_options)
+    like = models.folder(options)
+    candidates = Candidates(work, tune.scores, contents, options, parts, run_options, like)
     search(study, space, content, models.always(space), tune.trials, candidates.evaluate, progress)
     if parts.held:
         progress(f"kept {gigabytes(parts.held)} of decompositions in {work / _PARTS} meanwhile")
