@@ -128,7 +128,7 @@ def test_on_the_shipped_pair_it_is_no_worse_than_wise_ft(monkeypatch, one_thread
     )
 
     def cost(*names):
-        texts = [(pair / "heldout" / f"{name}.txt").read_bytes()[:4096] for name in names]
+        texts = [(pair / "heldout" / f"{name}.txt").read_bytes()[:2048] for name in names]
         return lambda model: sum(demo.bits_per_byte(model, text) for text in texts) / len(texts)
 
     scores = {"id": cost("prose"), "ood": cost(*demo.SHIFTS)}
@@ -140,6 +140,3 @@ def test_on_the_shipped_pair_it_is_no_worse_than_wise_ft(monkeypatch, one_thread
     assert chosen < min(sums["base"], sums["fine-tuned"])
     written = sum(function(result.module) for function in scores.values())
     assert written == pytest.approx(chosen, abs=1e-6)
-    # By the default rule, a point of the front that is nearer to both bests than any of the grid.
-    nearest = tune(base, tuned, scores, lower_is_better=True, trials=2, seed=0).outcome
-    assert nearest.on_front[nearest.chosen]
