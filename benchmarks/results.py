@@ -59,6 +59,15 @@ ASKED = (
         None,
         False,
     ),
+    (
+        "tune",
+        "candidate over linear, time",
+        "candidate of `tune` over a `linear` merge, time",
+        1.3,
+        None,
+        None,
+        False,
+    ),
     ("merge", "monosoup over linear, time", "whole merge by mergekit-yaml, time", 3.8, 3.0, 2.0, False),
     (
         "memory",

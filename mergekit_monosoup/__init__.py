@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mergekit_monosoup.errors import MonoSoupError
     from mergekit_monosoup.merging.completing import complete
     from mergekit_monosoup.registry import method_names, register
+    from mergekit_monosoup.search.modules import TunedModule, tune
     from mergekit_monosoup.spectral.edit import edit_update
     from mergekit_monosoup.spectral.record import EditRecord
     from mergekit_monosoup.state_dicts import EditedWeights, edit_module, edit_state_dict
@@ -18,6 +19,7 @@ __all__ = [
     "EditRecord",
     "EditedWeights",
     "MonoSoupError",
+    "TunedModule",
     "__version__",
     "complete",
     "edit_module",
@@ -25,18 +27,21 @@ __all__ = [
     "edit_update",
     "method_names",
     "register",
+    "tune",
 ]
 
 _HOME = {
     "EditRecord": "mergekit_monosoup.spectral.record",
     "EditedWeights": "mergekit_monosoup.state_dicts",
     "MonoSoupError": "mergekit_monosoup.errors",
+    "TunedModule": "mergekit_monosoup.search.modules",
     "complete": "mergekit_monosoup.merging.completing",
     "edit_module": "mergekit_monosoup.state_dicts",
     "edit_state_dict": "mergekit_monosoup.state_dicts",
     "edit_update": "mergekit_monosoup.spectral.edit",
     "method_names": "mergekit_monosoup.registry",
     "register": "mergekit_monosoup.registry",
+    "tune": "mergekit_monosoup.search.modules",
 }
 
 

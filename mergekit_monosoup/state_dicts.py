@@ -20,6 +20,7 @@ from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.methods.outcomes import Outcome
 from mergekit_monosoup.registry import our_methods
 from mergekit_monosoup.report.recorder import Recorder, new_header
+from mergekit_monosoup.spectral.parts import PartsStore
 
 StateDict = Mapping[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
@@ -44,6 +45,7 @@ def edit_state_dict(
     method: str = "monosoup",
     strict: bool = True,
     device: torch.device | str | None = None,
+    parts: PartsStore | None = None,
     **parameters: Any,
 ) -> EditedWeights:
     """Apply a merge method of this package to weights in memory.
@@ -59,6 +61,7 @@ def edit_state_dict(
         strict: refuse tensors that the base does not have in the same shape; otherwise they are
             kept as the first fine-tuned model has them.
         device: where to compute; by default where the fine-tuned weights lie.
+        parts: keeps the two parts of each update for further edits of the same weights.
         **parameters: of the method (`energy`, `alpha`, `mixing`, ...); a function is called with the
             name of each tensor and returns the value for it.
 
@@ -104,6 +107,7 @@ def edit_state_dict(
             tuple(f"finetuned {i}" for i in range(1, len(tuned) + 1)),
             on_outcome=[collected.append],
             on_record=[recorder.add] if recorder is not None else [],
+            parts=parts,
         )
         bound = merge_method.within(merge)
         # As they lie: nothing is moved for a decision over all of them.
@@ -113,8 +117,8 @@ def edit_state_dict(
         bound.begin(groups, [{**p, MERGE: merge} for p in _bound(bound, shapes, parameters, owners)])
         for names in _chunks(owners, first):
             place = torch.device(device) if device is not None else first[names[0]].device
-            parts = [_group(name, w0, tuned, place) for name in names]
-            results = bound(parts, parameters=_for_names(parameters, names))
+            moved = [_group(name, w0, tuned, place) for name in names]
+            results = bound(moved, parameters=_for_names(parameters, names))
             for name, tensor in zip(names, results, strict=True):
                 result = tensor.to(first[name].device, first[name].dtype)
                 # A tensor that is kept comes back as it went in.

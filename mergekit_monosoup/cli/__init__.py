@@ -18,6 +18,7 @@ _COMMANDS = {
     "lora": "Edit a LoRA adapter by its factors, without the base model.",
     "align": "Show how the updates of several checkpoints lie to each other.",
     "greedy": "Search the Greedy Soup of several checkpoints by a score on held-out data.",
+    "tune": "Search the edit that your own scores prefer, and write its model.",
     "methods": "List the merge methods of this package and their parameters.",
     "doctor": "Say which ways of using this package work here, and why one does not.",
 }

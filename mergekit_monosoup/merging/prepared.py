@@ -27,6 +27,7 @@ from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.registry import stock
 from mergekit_monosoup.report.rounding import sample
 from mergekit_monosoup.report.schema import TensorRecord
+from mergekit_monosoup.spectral.parts import PartsStore
 
 LOG = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Prepared:
         config: MergeConfiguration,
         options: MergeOptions,
         on_record: Sequence[Callable[[TensorRecord], None]],
+        parts: PartsStore | None = None,
     ) -> Prepared:
         """Plan a recipe whose models mergekit has opened.
 
@@ -60,13 +62,14 @@ class Prepared:
             config: the recipe.
             options: mergekit's own.
             on_record: who hears of each tensor.
+            parts: keeps the parts of updates from merge to merge.
 
         Raises:
             InputError: the checkpoints do not go together.
         """
         config = _with_common_dtype(config)
         models = config.referenced_models()
-        merge = Merge(config.base_model, finetuned_models(config), on_record=on_record)
+        merge = Merge(config.base_model, finetuned_models(config), on_record=on_record, parts=parts)
         checkpoints = open_with_common_names(config, as_stored=options.allow_crimes)
         arch = fitting_architecture(config, options, checkpoints)
         out_config = host.out_config(config, arch, options.trust_remote_code)

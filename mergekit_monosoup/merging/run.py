@@ -38,6 +38,7 @@ from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
 from mergekit_monosoup.report.recorder import Recorder
 from mergekit_monosoup.report.schema import TensorRecord
 from mergekit_monosoup.report.table import remark
+from mergekit_monosoup.spectral.parts import PartsStore
 
 if TYPE_CHECKING:
     from mergekit_monosoup.cluster.connection import RayOptions
@@ -58,6 +59,7 @@ class RunOptions:
         ray: where to run the units; absent: in this process.
         files_from: model whose files go beside the weights: `base`, or a folder or Hub id; absent: the first
             fine-tuned one of the recipe.
+        parts: keeps the parts of updates for further merges of the same models; then nothing is measured.
     """
 
     overwrite: bool = False
@@ -67,6 +69,7 @@ class RunOptions:
     report: bool = True
     ray: RayOptions | None = None
     files_from: str | None = None
+    parts: PartsStore | None = None
 
 
 def merge_to_folder(
@@ -148,6 +151,7 @@ class Run:
         self._report = run_options.report and self._ours
         self._ray = run_options.ray
         self._files_from = run_options.files_from
+        self._parts = run_options.parts
         # Records of tensors that are computed and not yet written.
         self._pending: dict[str, TensorRecord] = {}
         self._journal: Journal | None = None
@@ -170,7 +174,9 @@ class Run:
             refuse_quantized_checkpoint(stored_model(model))
         if self._ours and not force_base:
             check_bases(config, open_with_common_names(config, as_stored=options.allow_crimes))
-        self._prepared = Prepared.of(config, options, [self._take])
+        # To measure a tensor takes as long as to put its parts together.
+        listeners = [self._take] if self._parts is None else []
+        self._prepared = Prepared.of(config, options, listeners, self._parts)
         if self._files_from is not None:
             shapes = {unit.name: unit.shape for unit in self._prepared.units.units}
             check_fits(self._source.model, tensors_in(self._source.folder), shapes)

@@ -21,6 +21,7 @@ from mergekit_monosoup.methods.parameters import choice, flag, number
 from mergekit_monosoup.report.schema import Action
 from mergekit_monosoup.spectral.edit import EditOptions, edit_weight
 from mergekit_monosoup.spectral.matrix import Layout, MatrixView, choose_view
+from mergekit_monosoup.spectral.parts import PartsStore, find_parts, put_together
 from mergekit_monosoup.spectral.record import EditRecord, MatrixRecord
 from mergekit_monosoup.spectral.spectrum import Backend
 
@@ -135,7 +136,7 @@ class SpectralMethod(UpdateMethod):
         elif reason:
             merged = _unedited(inputs, weights, options.alpha, reason)
         elif view.shape[0] == 1 or threshold == 0:
-            merged = _edited(inputs, weights, options, view, threshold)
+            merged = _edited(inputs, weights, options, view, threshold, merge.parts)
         else:
             # Each matrix of a stack for itself, as if it had a tensor of its own.
             merged = _edited_one_by_one(inputs, weights, options, view, threshold)
@@ -157,7 +158,12 @@ def is_running_statistic(name: str | None) -> bool:
 
 
 def _edited(
-    inputs: GroupInputs, weights: Sequence[float], options: EditOptions, view: MatrixView, threshold: float
+    inputs: GroupInputs,
+    weights: Sequence[float],
+    options: EditOptions,
+    view: MatrixView,
+    threshold: float,
+    parts: PartsStore | None = None,
 ) -> MergedWeight:
     """Edit a weight, or leave it unedited where its update is below the threshold."""
     norm: float | None = None
@@ -166,10 +172,16 @@ def _edited(
         if norm < threshold * float(inputs.base.norm()):
             merged = _unedited(inputs, weights, options.alpha, below(threshold))
             return replace(merged, update_norm=norm)
+    shares = inputs.shares(weights)
+    stored = inputs.stored_base, inputs.stored_tuned, shares
     try:
-        result, record = edit_weight(
-            inputs.stored_base, inputs.stored_tuned, inputs.shares(weights), options, view
-        )
+        # Random digits go by the order in which an edit writes its blocks.
+        if parts is not None and options.storage.rounding == "nearest":
+            rule = f"{options.split!r} {options.spectrum} {view.shape} {shares}"
+            found = parts.parts(inputs.storage.name, rule, lambda: find_parts(*stored, options, view))
+            result, record = put_together(*stored, found, options, view), EditRecord((), view.kind)
+        else:
+            result, record = edit_weight(*stored, options, view)
     except NonFiniteError:
         inputs.require_finite()
         raise inputs.overflow() from None

@@ -24,6 +24,7 @@ from mergekit_monosoup.report.rounding import sample
 from mergekit_monosoup.report.schema import TensorRecord
 from mergekit_monosoup.report.survival import lost_to_rounding
 from mergekit_monosoup.spectral.crew import torch_threads
+from mergekit_monosoup.spectral.parts import PartsStore
 
 if TYPE_CHECKING:
     from mergekit.merge_methods.base import MergeMethodSpec, TensorEntry, TensorGroup
@@ -50,6 +51,7 @@ class Merge:
         decision: what was decided once for all tensors.
         align: measures all checkpoints' updates against each other, given which tensors count and
             whether adapters go by their factors; absent: they are read here.
+        parts: keeps the two parts of updates for the next merge of the same checkpoints; absent: nobody does.
     """
 
     base: Any = None
@@ -60,6 +62,7 @@ class Merge:
     decision: Any = None
     rows_kept: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
     align: Callable[[Any, bool], Any] | None = None
+    parts: PartsStore | None = None
     _settings: dict[str, Any] = field(default_factory=dict)
     _settled_by: dict[str, str | None] = field(default_factory=dict)
     _files: dict[Path, Recorder] = field(default_factory=dict)

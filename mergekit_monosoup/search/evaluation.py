@@ -7,8 +7,12 @@ import math
 import shlex
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergekit_monosoup.errors import InputError, ParameterError
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
 
 PLACEHOLDER = "{model}"
 
@@ -19,8 +23,12 @@ class Evaluation:
     It runs without a shell; for pipes, write `sh -c '...'`.
     """
 
-    def __init__(self, command: str) -> None:
+    def __init__(self, command: str, option: str = "--eval") -> None:
         """Split the command as a shell would.
+
+        Args:
+            command: the command line.
+            option: that gave it, for messages.
 
         Raises:
             ParameterError: it is not a command line, or has no `{model}`.
@@ -28,10 +36,10 @@ class Evaluation:
         try:
             self.arguments = shlex.split(command)
         except ValueError as error:
-            raise ParameterError(f"--eval {command!r} is not a command line: {error}") from error
+            raise ParameterError(f"{option} {command!r} is not a command line: {error}") from error
         if not any(PLACEHOLDER in argument for argument in self.arguments):
             raise ParameterError(
-                f"--eval {command!r} does not say where the checkpoint goes; write {PLACEHOLDER}"
+                f"{option} {command!r} does not say where the checkpoint goes; write {PLACEHOLDER}"
             )
 
     def digest(self) -> str:
@@ -79,6 +87,20 @@ def digest_of_checkpoint(folder: Path) -> str:
         if path.is_file() and not hidden and path.name != "README.md":
             total.update(_tagged(name.as_posix().encode(), _digest_of_file(path)))
     return total.hexdigest()
+
+
+def digest_of_model(reference: ModelReference, cache: str | None) -> str:
+    """Return a digest of the files of a model, those of its adapter too; downloads it where it is remote.
+
+    Args:
+        reference: as mergekit reads it from a recipe.
+        cache: folder of the Hub's cache.
+    """
+    from mergekit.common import ModelReference
+
+    models = [reference.model] if reference.lora is None else [reference.model, reference.lora]
+    folders = [Path(ModelReference(model=model).local_path(cache_dir=cache)).resolve() for model in models]
+    return "+".join(digest_of_checkpoint(folder) for folder in folders)
 
 
 def _digest_of_file(path: Path) -> bytes:

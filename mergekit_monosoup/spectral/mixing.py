@@ -43,11 +43,12 @@ def mixing_coefficients(singular_values: Tensor, k: int, mixing: Mixing) -> Coef
     low, high = float(energies[k:].sum()), float(energies[:k].sum())
     rho = float(energies[k]) if k < len(energies) else 0.0
     cos_alpha = math.sqrt(low / (low + high))
-    lambda_low, lambda_high = _mix(rho, cos_alpha, mixing)
+    lambda_low, lambda_high = mix(rho, cos_alpha, mixing)
     return Coefficients(rho, cos_alpha, high / (low + high), lambda_low, lambda_high)
 
 
-def _mix(rho: float, cos_alpha: float, mixing: Mixing) -> tuple[float, float]:
+def mix(rho: float, cos_alpha: float, mixing: Mixing) -> tuple[float, float]:
+    """Return lambda_low and lambda_high; see `mixing_coefficients`."""
     match mixing:
         case "monosoup":
             low = rho + (1 - rho) * cos_alpha
