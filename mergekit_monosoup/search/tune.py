@@ -15,8 +15,8 @@ import yaml
 from mergekit.options import MergeOptions
 
 from mergekit_monosoup.checkpoint.output import free_bytes, gigabytes
+from mergekit_monosoup.checkpoint.work_folder import WorkFolder
 from mergekit_monosoup.errors import ConfigurationError
-from mergekit_monosoup.merging.folder import WorkFolder
 from mergekit_monosoup.merging.run import RunOptions, merge_to_folder
 from mergekit_monosoup.search import outcome_file
 from mergekit_monosoup.search.candidates import Candidates, Models, as_yaml
