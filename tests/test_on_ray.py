@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import time
 
+import psutil
 import pytest
 from checkpoints import write_adapter
 from commands import recipe, write_config
@@ -171,8 +171,9 @@ def wait_for_lines(folder, count, running):
 
 
 def workers():
-    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if "ray::Worker" in line]
+    """Of this cluster, and of no other on the machine."""
+    below = psutil.Process().children(recursive=True)
+    return [process.pid for process in below if "ray::Worker" in " ".join(process.cmdline())]
 
 
 def test_a_worker_that_is_killed(tmp_path, cluster):

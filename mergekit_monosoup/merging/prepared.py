@@ -16,7 +16,7 @@ from mergekit.options import MergeOptions
 from mergekit_monosoup import host
 from mergekit_monosoup.checkpoint.dequantised import has_scales
 from mergekit_monosoup.checkpoint.headers import Checkpoint
-from mergekit_monosoup.checkpoint.lineage import SAMPLED_TENSORS, BaseWatch, check_base
+from mergekit_monosoup.checkpoint.lineage import check_base
 from mergekit_monosoup.errors import InputError
 from mergekit_monosoup.lora.exact import same_base
 from mergekit_monosoup.merging.architecture import fitting_architecture
@@ -25,7 +25,6 @@ from mergekit_monosoup.merging.opened import described_by, finetuned_models, ope
 from mergekit_monosoup.merging.units import PlannedUnits, plan_units
 from mergekit_monosoup.methods.merge import Merge
 from mergekit_monosoup.registry import stock
-from mergekit_monosoup.report.rounding import sample
 from mergekit_monosoup.report.schema import TensorRecord
 from mergekit_monosoup.spectral.parts import PartsStore
 
@@ -104,25 +103,6 @@ def check_bases(config: MergeConfiguration, checkpoints: Mapping[ModelReference,
     for model in finetuned_models(config) if base is not None else ():
         if model.lora is not None and same_base(model, base):
             continue
-        message = _base_message(base, model, checkpoints)
+        message = check_base(checkpoints[base], checkpoints[model])
         if message is not None:
             raise InputError(f"{message}, or pass --force-base to merge all the same")
-
-
-def _base_message(
-    base: ModelReference, model: ModelReference, checkpoints: Mapping[ModelReference, Checkpoint]
-) -> str | None:
-    """Sample the files; whole tensors only where they are pickled."""
-    loaders = [LoaderCache().get(reference) for reference in (base, model)]
-    if all(loader.index.is_safetensors for loader in loaders):
-        return check_base(checkpoints[base], checkpoints[model])
-    names = [name for name in loaders[0].index.tensor_paths if name in loaders[1].index.tensor_paths]
-    watch = BaseWatch()
-    for name in names[:: max(1, len(names) // (4 * SAMPLED_TENSORS))]:
-        w0, w1 = (loader.get_tensor(name) for loader in loaders)
-        if w0.ndim > 1 and w0.is_floating_point() and w0.shape == w1.shape:
-            samples = [sample(tensor).double().numpy() for tensor in (w0, w1)]
-            message = watch.see(str(base), str(model), name, *samples)
-            if message is not None:
-                return message
-    return None

@@ -9,10 +9,11 @@ import os
 import random
 import re
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -293,16 +294,24 @@ def _entries(path: Path) -> list[_Entry]:
             pass
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
+            # Entry by entry as they are parsed: a million of them as objects of JSON are gigabytes.
+            header = json.loads(stream.read(length), object_hook=_compact)
     except (SafetensorError, OSError, ValueError, OverflowError, struct.error) as error:
         raise InputError(f"{path} cannot be read ({error}); {_AGAIN}") from error
     header.pop("__metadata__", None)
     start = 8 + length
     return sorted(
-        _Entry(start + begin, start + end, name, entry["dtype"], math.prod(entry["shape"]))
-        for name, entry in header.items()
-        for begin, end in [entry["data_offsets"]]
+        _Entry(start + begin, start + end, name, dtype, size)
+        for name, (begin, end, dtype, size) in header.items()
     )
+
+
+def _compact(value: dict[str, Any]) -> Any:
+    """Return bytes, dtype and size for the description of a tensor; anything else as it is."""
+    if not value.keys() >= {"dtype", "shape", "data_offsets"} or not isinstance(value["shape"], list):
+        return value
+    begin, end = value["data_offsets"]
+    return begin, end, sys.intern(value["dtype"]), math.prod(value["shape"])
 
 
 def _batches(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:
