@@ -54,7 +54,7 @@ RECIPES = {
     "a date that is none": ("a: 2001-99-99", "cannot be read"),
     "control characters": ('merge_method: "\\x1b[2J"\n', "U+001B"),
     "a null byte": ('base_model: "a\\0b"\n', "U+0000"),
-    "half a pair": ('base_model: "\\ud800"\n', "U+D800"),
+    "half a pair": ('base_model: "\\ud800"\n', "invalid Unicode character"),
     "raw control characters": ("a: \x07\n", "not valid YAML"),
     "megabytes": ("a: " + "x" * 2_000_000, "longer than"),
     "many values": ("a: [" + "1," * 200_000 + "]", "50,000 values"),
