@@ -284,6 +284,9 @@ class TestSource:
         assert name in result.output
         assert "Traceback" not in result.output
         assert not (tmp_path / "out").exists()
+        planned = our_command("plan", file, "--files-from", name)
+        assert planned.exit_code == 1
+        assert name in planned.output
 
     def test_a_base_that_is_not_named(self, tmp_path, pair):
         config = {"merge_method": "passthrough", "models": [{"model": str(pair[1])}]}
@@ -300,6 +303,9 @@ class TestSource:
         assert result.exit_code == 1
         assert "do not go with these weights" in result.output
         assert not (tmp_path / "out").exists()
+        planned = our_command("plan", file, "--files-from", other)
+        assert planned.exit_code == 1
+        assert "do not go with these weights" in planned.output
 
 
 @pytest.mark.parametrize("says", [True, False])

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="The output folder may hold something already.")
 @click.option("--allow-crimes", is_flag=True, help="Allow models of different architectures.")
 @click.option("--force-base", is_flag=True, help="Plan although the base may be none.")
+@click.option(
+    "--files-from", metavar="MODEL", help="Model whose files go beside the weights, as `merge` takes it."
+)
 @click.option("-v", "--verbose", is_flag=True, help="A row for each tensor, not for each kind of them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.pass_context
@@ -32,6 +35,7 @@ def plan(
     overwrite: bool,
     allow_crimes: bool,
     force_base: bool,
+    files_from: str | None,
     verbose: bool,
     as_json: bool,
 ) -> None:
@@ -47,7 +51,13 @@ def plan(
     from mergekit_monosoup.planning.plan import PlanOptions, make_plan
 
     with reported_errors():
-        options = PlanOptions(out=out, overwrite=overwrite, allow_crimes=allow_crimes, force_base=force_base)
+        options = PlanOptions(
+            out=out,
+            overwrite=overwrite,
+            allow_crimes=allow_crimes,
+            force_base=force_base,
+            files_from=files_from,
+        )
         found = make_plan(read_text(config_file), options)
     click.echo(json.dumps(_as_json(found), indent=2) if as_json else _as_text(found, config_file, verbose))
     if found.problems.errors:

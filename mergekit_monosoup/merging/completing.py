@@ -12,12 +12,12 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_monosoup.checkpoint.companions import companions, is_tokenizer
+from mergekit_monosoup.checkpoint.fitting import check_fits
 from mergekit_monosoup.checkpoint.headers import read_config, read_folder
 from mergekit_monosoup.checkpoint.hub import read_hub
 from mergekit_monosoup.errors import InputError
 from mergekit_monosoup.merging.files import (
     bring_files,
-    check_fits,
     layer_sources,
     put_config_right,
     reference_to,

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from mergekit_monosoup import host
 from mergekit_monosoup.alignment.soup_decision import SoupDecision
+from mergekit_monosoup.checkpoint.fitting import check_fits
 from mergekit_monosoup.checkpoint.output import FULL, full_disk
 from mergekit_monosoup.checkpoint.quantized import refuse_quantized_checkpoint
 from mergekit_monosoup.checkpoint.work_folder import WorkFolder
 from mergekit_monosoup.errors import ConfigurationError, InputError, InterruptedMerge
 from mergekit_monosoup.merging.adapters import MERGED_ADAPTERS, adapters_opened, stored_model
 from mergekit_monosoup.merging.card import write_card
-from mergekit_monosoup.merging.files import check_fits, files_model, source_of, tensors_in, write_beside
+from mergekit_monosoup.merging.files import files_model, source_of, tensors_in, write_beside
 from mergekit_monosoup.merging.fingerprint import check_unchanged, fingerprint, stamps
 from mergekit_monosoup.merging.journal import Done, Journal
 from mergekit_monosoup.merging.local import run_units
@@ -344,6 +345,7 @@ def _checked_plan(recipe: str, out_path: Path, options: MergeOptions, run_option
             # The folder itself says what is left in it, once it is locked.
             resume=True,
             force_base=run_options.force_base,
+            files_from=run_options.files_from,
             costs=False,
         ),
     )

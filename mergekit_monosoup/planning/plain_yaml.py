@@ -46,7 +46,7 @@ def _refuse_large(text: str) -> None:
         values += isinstance(event, yaml.NodeEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if values > _MOST_NODES:
-            raise _too_many(event.start_mark.line + 1)
+            raise _too_many(event.start_mark.line + 1 if event.start_mark else 1)
         if depth > _DEEPEST:
             raise _too_deep()
 

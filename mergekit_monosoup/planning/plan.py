@@ -11,6 +11,7 @@ from mergekit_monosoup.checkpoint.naming import with_common_names
 from mergekit_monosoup.checkpoint.output import free_bytes
 from mergekit_monosoup.errors import AdapterError, InputError, UnsupportedAdapterError
 from mergekit_monosoup.planning.catalogue import Method, read_methods
+from mergekit_monosoup.planning.companions import check_files_from
 from mergekit_monosoup.planning.estimate import Estimate, calibrate, estimate
 from mergekit_monosoup.planning.inputs import check_inputs, check_output
 from mergekit_monosoup.planning.layout import in_order, plan_tensors
@@ -35,6 +36,8 @@ class PlanOptions:
     """What an interrupted merge has left may lie beside the output folder."""
     force_base: bool = False
     """Merge although values and cards say that the base is none."""
+    files_from: str | None = None
+    """Model whose files go beside the weights; absent: the first fine-tuned one."""
     costs: bool = True
     """Whether to calibrate and estimate."""
 
@@ -93,6 +96,9 @@ def make_plan(text: str, options: PlanOptions | None = None) -> Plan:
                 allow_crimes=options.allow_crimes,
                 truncate_embeddings=options.truncate_embeddings,
             )
+            if options.files_from is not None:
+                shapes = {tensor.tensor: tensor.shape for tensor in tensors}
+                check_files_from(options.files_from, recipe, shapes, problems)
             if tensors and not problems.errors:
                 tensors += plan_modules(recipe, method, models, problems)
             check_filters(recipe, [_as_filtered(tensor.tensor) for tensor in tensors], problems)
