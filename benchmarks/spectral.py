@@ -8,8 +8,9 @@ import common
 import torch
 from cases import EMBEDDING, KINDS, LAYER_MATRICES, LAYERS, check, full_svd, pair
 from common import Table, in_turn, shown
+from torch import Tensor
 
-from mergekit_monosoup.spectral import edit_weight, spectrum
+from mergekit_monosoup.spectral import EditRecord, edit_weight, spectrum
 
 INPUTS = [
     ("gaussian", torch.bfloat16),
@@ -59,6 +60,18 @@ def _short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
+def _compared(base: Tensor, tuned: Tensor, repeats: int) -> tuple[EditRecord, dict[str, float]]:
+    """Check an edit, then time it and the full SVD in turn."""
+    with _PASSES:
+        result, record = edit_weight(base, [tuned])
+    check(result, record, base, tuned)
+    ways = {
+        "svd": lambda: full_svd(base, tuned).weight.to(base.dtype),
+        "edit": lambda: edit_weight(base, [tuned]),
+    }
+    return record, in_turn(ways, repeats)
+
+
 def _layer(kind: str, dtype: torch.dtype, divisor: int, repeats: int) -> tuple[Table, float]:
     columns = ("matrix", "shape", "in a layer", "full SVD", "edit", "ratio", "k", "backend")
     table = Table(f"{kind} update in {_short(dtype)}: {KINDS[kind]}", columns, note=NOTE)
@@ -66,16 +79,7 @@ def _layer(kind: str, dtype: torch.dtype, divisor: int, repeats: int) -> tuple[T
     for seed, (name, (shape, count)) in enumerate(LAYER_MATRICES.items()):
         rows, width = (side // divisor for side in shape)
         base, tuned = pair(kind, rows, width, dtype, seed)
-        with _PASSES:
-            result, record = edit_weight(base, [tuned])
-        check(result, record, base, tuned)
-        best = in_turn(
-            {
-                "svd": lambda base=base, tuned=tuned: full_svd(base, tuned).weight.to(base.dtype),
-                "edit": lambda base=base, tuned=tuned: edit_weight(base, [tuned]),
-            },
-            repeats,
-        )
+        record, best = _compared(base, tuned, repeats)
         svd_total += count * best["svd"]
         edit_total += count * best["edit"]
         table.add(
@@ -102,16 +106,7 @@ def _small(repeats: int) -> tuple[Table, dict[str, float]]:
     for rows, width in SMALL:
         for kind, dtype in SMALL_INPUTS:
             base, tuned = pair(kind, rows, width, dtype)
-            with _PASSES:
-                result, record = edit_weight(base, [tuned])
-            check(result, record, base, tuned)
-            best = in_turn(
-                {
-                    "svd": lambda base=base, tuned=tuned: full_svd(base, tuned).weight.to(base.dtype),
-                    "edit": lambda base=base, tuned=tuned: edit_weight(base, [tuned]),
-                },
-                3 * repeats,
-            )
+            record, best = _compared(base, tuned, 3 * repeats)
             ratios[rows, width, kind, dtype] = best["svd"] / best["edit"]
             table.add(
                 f"{rows} x {width}",

@@ -17,7 +17,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.merging.run import RunOptions, merge_to_folder
-from mergekit_monosoup.search.evaluation import Evaluation, digest_of_checkpoint
+from mergekit_monosoup.search.evaluation import Evaluation, digest_of_model
 from mergekit_monosoup.search.journal import Journal
 
 LOG = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ class Kitchen:
         LoaderCache().setup(options)
         self._references = [ModelReference.parse(candidate) for candidate in candidates]
         progress(f"reading {len(self.candidates)} checkpoints")
-        self._contents = [self._content(reference) for reference in self._references]
+        cache = options.transformers_cache
+        self._contents = [digest_of_model(reference, cache) for reference in self._references]
         self._command = evaluation.digest()
         self.evaluations = 0
 
@@ -116,13 +117,6 @@ class Kitchen:
         # A mean does not depend on the order of its members.
         contents = sorted(self._contents[index] for index in members)
         return hashlib.sha256("\n".join([self._command, *contents]).encode()).hexdigest()
-
-    def _content(self, reference: ModelReference) -> str:
-        base = ModelReference(model=reference.model)
-        digests = [digest_of_checkpoint(self._local(base))]
-        if reference.lora is not None:
-            digests.append(digest_of_checkpoint(self._local(ModelReference(model=reference.lora))))
-        return "+".join(digests)
 
     def _local(self, reference: ModelReference) -> Path:
         return Path(reference.local_path(cache_dir=self._options.transformers_cache)).resolve()
