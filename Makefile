@@ -27,7 +27,7 @@ demo: $(VENV)/.test
 
 # One thread a worker: the models of the tests are tiny, and threads of several workers only fight.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --maxprocesses 8
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
