@@ -66,9 +66,10 @@ def merged_by_peft(
     for warning in said:
         text = str(warning.message)
         if _MISSING in text:
+            first = text.partition("[")[2].partition(",")[0].rstrip("].")
             raise AdapterError(
                 f"adapter {reference.lora} is not of base {reference.model}: peft has found no value for "
-                f"{text.partition('[')[2].partition(',')[0].rstrip('].')}; name the base that it was trained on"
+                f"{first}; name the base that it was trained on"
             )
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return Path(merged.model.path)
