@@ -137,8 +137,8 @@ def _check_condition(
             )
     if not isinstance(condition.get("filter"), (str, type(None))):
         problems.error(
-            f"the filter {short(condition['filter'])} of parameter {parameter.name!r} is no text; write a part "
-            "of the names of tensors, in quotation marks",
+            f"the filter {short(condition['filter'])} of parameter {parameter.name!r} is no text; write part "
+            "of the names of tensors in quotation marks",
             recipe.line(*path, "filter"),
         )
     if "value" not in condition:
