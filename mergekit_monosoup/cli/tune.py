@@ -10,6 +10,8 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_monosoup.cli.failure import reported_errors
+from mergekit_monosoup.cli.on_ray import ray_options
+from mergekit_monosoup.cluster.connection import RayOptions
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -92,6 +94,7 @@ class _Size(click.ParamType[int]):
 @click.option("--restart", is_flag=True, help="Delete the search in OUT.tune and begin again.")
 @click.option("--overwrite", is_flag=True, help="Replace what OUT holds once the search is done.")
 @click.option("--force-base", is_flag=True, help="Merge although the values say that the base is none.")
+@ray_options
 @add_merge_options
 def tune(
     recipe: Path,
@@ -110,6 +113,7 @@ def tune(
     restart: bool,
     overwrite: bool,
     force_base: bool,
+    cluster: RayOptions | None,
     merge_options: MergeOptions,
 ) -> None:
     """Search the edit of RECIPE that your own scores prefer, and write the model to OUT.
@@ -156,7 +160,7 @@ def tune(
                 restart=restart,
                 overwrite=overwrite,
             ),
-            RunOptions(force_base=force_base),
+            RunOptions(force_base=force_base, ray=cluster),
             progress=(lambda _: None) if quiet else (lambda line: click.echo(line, err=True)),
         )
     if not quiet:

@@ -33,6 +33,7 @@ class Evaluation:
         Raises:
             ParameterError: it is not a command line, or has no `{model}`.
         """
+        self.text, self.option = command, option
         try:
             self.arguments = shlex.split(command)
         except ValueError as error:

@@ -33,6 +33,7 @@ class FunctionEvaluation:
         Raises:
             ParameterError: it is of another form, or there is no such function.
         """
+        self.text, self.option = text, option
         module, colon, name = text.removeprefix(PREFIX).partition(":")
         if not colon or not module or not name:
             raise ParameterError(f"{option}{text} is not of the form python:package.module:function")

@@ -78,12 +78,17 @@ def parse_scores(
             raise ParameterError(f"{option} {name} is given twice; give each score a name of its own")
         commands[name] = command
     return tuple(
-        Score(name, _evaluation(command, f"{option} {name}="), name in lower or ALL in lower)
+        Score(name, evaluation_of(command, f"{option} {name}="), name in lower or ALL in lower)
         for name, command in commands.items()
     )
 
 
-def _evaluation(text: str, option: str) -> Evaluation | FunctionEvaluation:
+def evaluation_of(text: str, option: str) -> Evaluation | FunctionEvaluation:
+    """Return what a score's option names: a command, or a function of a loaded model.
+
+    Raises:
+        ParameterError: it is of neither form.
+    """
     if not text.startswith(PREFIX):
         return Evaluation(text, option)
     return FunctionEvaluation(text, option)
