@@ -50,6 +50,15 @@ class _Size(click.ParamType[int]):
     metavar="[NAME]",
     help="Of this score; without a name, of all scores.",
 )
+@click.option(
+    "--per-item",
+    multiple=True,
+    is_flag=False,
+    flag_value="all",
+    metavar="[NAME]",
+    help="This score, without a name every score, is the mean of those of items, printed one "
+    "a line. Differences come with intervals then.",
+)
 @click.option("--trials", type=click.IntRange(min=0), default=20, show_default=True, help="Edits to try.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the search.")
 @click.option(
@@ -75,9 +84,9 @@ class _Size(click.ParamType[int]):
 )
 @click.option(
     "--by",
-    type=click.Choice(["depth", "module", "layer-group"]),
+    type=click.Choice(["depth", "module", "layer-group", "fisher"]),
     help="Also search a gradient over depth, factors for attention, MLP and embeddings, or four along the "
-    "depth.",
+    "depth; fisher starts those from what random tokens say of the base.",
 )
 @click.option(
     "--space",
@@ -101,6 +110,7 @@ def tune(
     out_path: Path,
     scores: tuple[str, ...],
     lower: tuple[str, ...],
+    per_item: tuple[str, ...],
     trials: int,
     seed: int,
     keep: tuple[str, ...],
@@ -138,9 +148,10 @@ def tune(
     quiet = merge_options.quiet
     with reported_errors():
         register()
-        parsed = parse_scores(scores, lower)
-        held = parse_scores(holdout, lower, "--holdout")
+        parsed = parse_scores(scores, lower, per_item=per_item)
+        held = parse_scores(holdout, lower, "--holdout", per_item)
         check_names(lower, (*parsed, *held), "--lower-is-better")
+        check_names(per_item, (*parsed, *held), "--per-item")
         ranges = load_yaml(read_text(space))[1] if space is not None else None
         result = tune_to_folder(
             read_text(recipe),
@@ -164,5 +175,5 @@ def tune(
             progress=(lambda _: None) if quiet else (lambda line: click.echo(line, err=True)),
         )
     if not quiet:
-        click.echo(table(result.outcome, parsed, result.holdout))
+        click.echo(table(result.outcome, parsed, result.holdout, result.intervals))
         click.echo(f"\nWrote {out_path}; {verdict(result.outcome)}")

@@ -15,6 +15,7 @@ from mergekit.options import MergeOptions
 from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.merging.in_memory import merge_in_memory
 from mergekit_monosoup.merging.run import RunOptions, merge_to_folder
+from mergekit_monosoup.search.evaluation import Measured
 from mergekit_monosoup.search.functions import FunctionEvaluation, Loaded
 from mergekit_monosoup.search.scores import Score
 from mergekit_monosoup.spectral.parts import PartsStore
@@ -52,7 +53,7 @@ class Bench:
 
     def measured(
         self, recipe: Mapping[str, Any], scores: Sequence[Score], folder: Path | None = None
-    ) -> Iterator[float]:
+    ) -> Iterator[Measured]:
         """Yield scores of what a recipe makes, which lies in `folder` or is made for it.
 
         Raises:
@@ -66,10 +67,10 @@ class Bench:
                     raise ConfigurationError(f"score {score.name} has no command")
                 if folder is None and isinstance(score.evaluation, FunctionEvaluation):
                     loaded = loaded or self._loaded(recipe)
-                    yield score.evaluation.score_loaded(loaded)
+                    yield score.evaluation.measure_loaded(loaded)
                 else:
                     place = place or self._made(recipe)
-                    yield score.evaluation.score(place)
+                    yield score.evaluation.measure(place)
         finally:
             if folder is None:
                 shutil.rmtree(self._folder, ignore_errors=True)

@@ -15,7 +15,7 @@ from mergekit_monosoup.checkpoint.headers import read_folder
 from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.merging.opened import finetuned_models
 from mergekit_monosoup.search.bench import Bench
-from mergekit_monosoup.search.evaluation import digest_of_model
+from mergekit_monosoup.search.evaluation import Measured, digest_of_model
 from mergekit_monosoup.search.journal import Journal
 from mergekit_monosoup.search.scores import Score
 from mergekit_monosoup.search.space import Space
@@ -139,9 +139,20 @@ class Candidates:
         found = {s.name: self._journal.score(self._key(recipe, s, folder)) for s in scores}
         return {name: value for name, value in found.items() if value is not None}
 
-    def note(self, recipe: Mapping[str, Any], score: Score, value: float, folder: Path | None = None) -> None:
+    def items(self, recipe: Mapping[str, Any], score: Score) -> tuple[float, ...]:
+        """Return the scores of items of what a recipe makes, by the journal; empty where it has none."""
+        for folder in (None, Path()):
+            found = self._journal.details(self._key(recipe, score, folder)).get("items")
+            if found:
+                return tuple(map(float, found))
+        return ()
+
+    def note(
+        self, recipe: Mapping[str, Any], score: Score, found: Measured, folder: Path | None = None
+    ) -> None:
         """Write a score into the journal."""
-        self._journal.add(self._key(recipe, score, folder), value, name=score.name)
+        items = {"items": list(found.items)} if found.items else {}
+        self._journal.add(self._key(recipe, score, folder), found.value, name=score.name, **items)
 
     def _key(self, recipe: Mapping[str, Any], score: Score, folder: Path | None) -> str:
         written = "" if folder is None else "written"

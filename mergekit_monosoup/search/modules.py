@@ -106,6 +106,8 @@ def tune(
     asked = tuple(Score(name, None, name in lower or ALL in lower) for name in scores)
     check_names(given, (*asked, *(Score(name) for name in holdout or {})), "lower_is_better:")
     demands = parse_keep(keep, asked)
+    if by == "fisher":
+        raise ParameterError("by='fisher' is for checkpoints of language models, by the command tune")
     original = finetuned.state_dict()
     names = list(original)
     recipe = {"merge_method": method, "parameters": {}}

@@ -27,6 +27,7 @@ from mergekit_monosoup.cluster.pool import Driver, Pool
 from mergekit_monosoup.merging.run import RunOptions
 from mergekit_monosoup.search.bench import Bench
 from mergekit_monosoup.search.candidates import Candidates, Models
+from mergekit_monosoup.search.evaluation import Measured
 from mergekit_monosoup.search.parts_on_disk import PartsOnDisk
 from mergekit_monosoup.search.scores import Score, evaluation_of
 from mergekit_monosoup.search.tuning import Candidate, Scored, Scoring
@@ -59,7 +60,7 @@ class Scorer:
 
     def __init__(
         self,
-        scores: Sequence[tuple[str, str, str]],
+        scores: Sequence[tuple[str, str, str, bool]],
         options: dict[str, Any],
         run: tuple[bool, str | None],
         like: str,
@@ -70,7 +71,7 @@ class Scorer:
         """Look for the search's folder; without it, work in a temporary one.
 
         Args:
-            scores: name, text and option of each.
+            scores: name, text and option of each, and whether it is of items.
             options: mergekit's own, as JSON.
             run: `force_base` and `files_from` of the merges.
             like: model that functions are handed with the weights of a candidate.
@@ -84,7 +85,9 @@ class Scorer:
         # Commands and modules of functions are named from there.
         driver.follow()
         torch.set_num_threads(max(1, int(cpus)))
-        self._scores = {name: Score(name, evaluation_of(text, option)) for name, text, option in scores}
+        self._scores = {
+            name: Score(name, evaluation_of(text, option, items)) for name, text, option, items in scores
+        }
         shared = _says(Path(place.work) / WORKERS / _TOKEN, place.token)
         parent = Path(place.work) / WORKERS if shared else None
         self._folder = Path(tempfile.mkdtemp(prefix="scorer-", dir=parent))
@@ -97,7 +100,7 @@ class Scorer:
             Path(ModelReference.parse(like).local_path(cache_dir=options.get("transformers_cache"))),
         )
 
-    def score(self, asked: Asked) -> tuple[int, list[float], float]:
+    def score(self, asked: Asked) -> tuple[int, list[Measured], float]:
         """Return the place of a candidate, its scores in the order asked for, and the seconds they took."""
         started = time.monotonic()
         scores = [self._scores[name] for name in asked.scores]
@@ -149,7 +152,8 @@ def scored_on_ray(
     references = (models.base, *models.finetuned)
     folders = {m: Path(models.local(m, options)) for m in references if m.lora is None}
     pins = revisions_of(references, folders, options.transformers_cache)
-    asked = [(s.name, s.evaluation.text, s.evaluation.option) for s in scores if s.evaluation is not None]
+    said = {score.name: score.evaluation for score in scores if score.evaluation is not None}
+    asked = [(name, e.text, e.option, e.per_item) for name, e in said.items()]
     arguments = (
         asked,
         options.model_dump(mode="json"),

@@ -53,7 +53,10 @@ class Keep:
 
 
 def parse_scores(
-    given: Sequence[str], lower_is_better: Iterable[str] = (), option: str = "--score"
+    given: Sequence[str],
+    lower_is_better: Iterable[str] = (),
+    option: str = "--score",
+    per_item: Iterable[str] = (),
 ) -> tuple[Score, ...]:
     """Return the scores of options `NAME=COMMAND`.
 
@@ -61,11 +64,12 @@ def parse_scores(
         given: the options' values.
         lower_is_better: names of scores of which less is better; `all` for all of them.
         option: for messages.
+        per_item: names of scores that are the mean of those of items; `all` for all of them.
 
     Raises:
         ParameterError: an option is of another form, or a name is given twice or not at all.
     """
-    lower = set(lower_is_better)
+    lower, items = set(lower_is_better), set(per_item)
     commands: dict[str, str] = {}
     for text in given:
         name, equals, command = text.partition("=")
@@ -78,20 +82,24 @@ def parse_scores(
             raise ParameterError(f"{option} {name} is given twice; give each score a name of its own")
         commands[name] = command
     return tuple(
-        Score(name, evaluation_of(command, f"{option} {name}="), name in lower or ALL in lower)
+        Score(
+            name,
+            evaluation_of(command, f"{option} {name}=", bool({name, ALL} & items)),
+            bool({name, ALL} & lower),
+        )
         for name, command in commands.items()
     )
 
 
-def evaluation_of(text: str, option: str) -> Evaluation | FunctionEvaluation:
+def evaluation_of(text: str, option: str, per_item: bool = False) -> Evaluation | FunctionEvaluation:
     """Return what a score's option names: a command, or a function of a loaded model.
 
     Raises:
         ParameterError: it is of neither form.
     """
     if not text.startswith(PREFIX):
-        return Evaluation(text, option)
-    return FunctionEvaluation(text, option)
+        return Evaluation(text, option, per_item)
+    return FunctionEvaluation(text, option, per_item)
 
 
 def check_names(names: Iterable[str], scores: Sequence[Score], option: str) -> None:

@@ -23,10 +23,12 @@ from mergekit_monosoup.search.bench import Bench, as_yaml
 from mergekit_monosoup.search.candidates import Candidates, Models
 from mergekit_monosoup.search.card import describe
 from mergekit_monosoup.search.choice import Rule
+from mergekit_monosoup.search.fisher import guess
+from mergekit_monosoup.search.intervals import Interval, intervals
 from mergekit_monosoup.search.on_ray import WORKERS, scored_on_ray
 from mergekit_monosoup.search.parts_on_disk import PartsOnDisk
 from mergekit_monosoup.search.scores import Keep, Score, parse_keep
-from mergekit_monosoup.search.space import By, Space, default_space, space_of_file
+from mergekit_monosoup.search.space import GROUPS, By, Space, default_space, space_of_file
 from mergekit_monosoup.search.study import Study
 from mergekit_monosoup.search.tuning import Outcome, conclude, in_words, key_of, one_by_one, search
 
@@ -76,6 +78,7 @@ class Tuned:
     outcome: Outcome
     written: dict[str, float]
     holdout: dict[int, dict[str, float]]
+    intervals: tuple[Interval, ...] = ()
 
 
 def work_folder(out: Path) -> Path:
@@ -180,13 +183,15 @@ def _tuned(
             folder = work / _CHOSEN if index == outcome.chosen else None
             holdout[index] = candidates.scored(trial.recipe, tune.holdout, folder)
             progress(f"{trial.name}, not seen by the search: {in_words(holdout[index])}")
+    scored = (*tune.scores, *tune.holdout)
+    sure = intervals(outcome, scored, lambda trial, score: candidates.items(trial.recipe, score), tune.seed)
     if options.write_model_card:
-        describe(work / _CHOSEN, place.out.name, outcome, tune.scores, holdout)
-    held = outcome_file.content(outcome, tune.scores, keep, tune.seed, written, holdout)
+        describe(work / _CHOSEN, place.out.name, outcome, tune.scores, holdout, sure)
+    held = outcome_file.content(outcome, tune.scores, keep, tune.seed, written, holdout, sure)
     outcome_file.write(work / _CHOSEN / outcome_file.FILE_NAME, held)
     place.path.rmdir()
     shutil.move(work / _CHOSEN, place.path)
-    return Tuned(outcome, written, holdout)
+    return Tuned(outcome, written, holdout, sure)
 
 
 def differences(outcome: Outcome, written: dict[str, float]) -> list[str]:
@@ -221,7 +226,14 @@ def _space(tune: TuneOptions, recipe: dict[str, Any], models: Models, options: M
             raise ConfigurationError("--by and --space exclude each other; write all ranges into --space")
         return space_of_file(tune.space, recipe)
     names = models.tensors(options) if tune.by == "module" else ()
-    return default_space(recipe, tune.by, names)
+    factors: list[float] = []
+    if tune.by == "fisher":
+        if any(model.lora is not None for model in models.finetuned):
+            raise ConfigurationError(
+                "--by fisher loads the fine-tuned checkpoint whole; merge the adapter first"
+            )
+        factors = guess(models.local(models.base, options), models.local(models.like, options), GROUPS)
+    return default_space(recipe, tune.by, names, factors)
 
 
 def _take(work: Path, tune: TuneOptions) -> None:
