@@ -36,10 +36,16 @@ class _Size(click.ParamType[int]):
     "--score",
     "scores",
     multiple=True,
-    required=True,
     metavar="NAME=COMMAND",
     help="Scores the checkpoint in the folder {model} and prints the score last; run without a shell. One "
     "for each goal. python:package.module:function is called with the loaded model and its tokenizer.",
+)
+@click.option(
+    "--lm-eval",
+    multiple=True,
+    metavar="TASK[,TASK]",
+    help="Scores by tasks of lm_eval, called in this process: names, or YAML files. "
+    "TASK?limit=200&metric=acc_norm&num_fewshot=5&batch_size=8 sets more.",
 )
 @click.option(
     "--lower-is-better",
@@ -109,6 +115,7 @@ def tune(
     recipe: Path,
     out_path: Path,
     scores: tuple[str, ...],
+    lm_eval: tuple[str, ...],
     lower: tuple[str, ...],
     per_item: tuple[str, ...],
     trials: int,
@@ -139,16 +146,18 @@ def tune(
     from mergekit_monosoup.planning.plain_yaml import load_yaml, read_text
     from mergekit_monosoup.registry import register
     from mergekit_monosoup.search.outcome_file import table, verdict
-    from mergekit_monosoup.search.scores import check_names, parse_scores
+    from mergekit_monosoup.search.scores import check_names, of_tasks, parse_scores
     from mergekit_monosoup.search.tune import TuneOptions, tune_to_folder
 
     if resume and restart:
         raise click.UsageError("--resume goes on with what --restart deletes; pass one of them")
+    if not scores and not lm_eval:
+        raise click.UsageError("give at least one --score NAME=COMMAND or --lm-eval TASK")
     merge_options.apply_global_options()
     quiet = merge_options.quiet
     with reported_errors():
         register()
-        parsed = parse_scores(scores, lower, per_item=per_item)
+        parsed = parse_scores((*scores, *of_tasks(lm_eval)), lower, per_item=per_item)
         held = parse_scores(holdout, lower, "--holdout", per_item)
         check_names(lower, (*parsed, *held), "--lower-is-better")
         check_names(per_item, (*parsed, *held), "--per-item")

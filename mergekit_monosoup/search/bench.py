@@ -16,7 +16,7 @@ from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.merging.in_memory import merge_in_memory
 from mergekit_monosoup.merging.run import RunOptions, merge_to_folder
 from mergekit_monosoup.search.evaluation import Measured
-from mergekit_monosoup.search.functions import FunctionEvaluation, Loaded
+from mergekit_monosoup.search.functions import InMemory, Loaded
 from mergekit_monosoup.search.scores import Score
 from mergekit_monosoup.spectral.parts import PartsStore
 
@@ -65,7 +65,7 @@ class Bench:
             for score in scores:
                 if score.evaluation is None:
                     raise ConfigurationError(f"score {score.name} has no command")
-                if folder is None and isinstance(score.evaluation, FunctionEvaluation):
+                if folder is None and isinstance(score.evaluation, InMemory):
                     loaded = loaded or self._loaded(recipe)
                     yield score.evaluation.measure_loaded(loaded)
                 else:

@@ -24,7 +24,7 @@ def sensitivities(
     """Return by layer the sums of F dW^2 and of dW^2 over the entries of its tensors.
 
     F is the diagonal of the Fisher information, the mean of the squared gradients of log p(y | x) over random
-    sequences x with y drawn from the model's own p (arXiv 2603.21705 takes random tokens; Kunstner et al. 2019,
+    sequences x with y drawn from the model's own p (arXiv 2603.21705 takes random tokens; Kunstner et al.,
     arXiv 1905.12558, on drawing y): 1/2 sum F dW^2 is what the update adds to the KL divergence from the base
     over a sequence, to the second order.
 
@@ -68,8 +68,8 @@ def sensitivities(
 def group_factors(found: dict[int, tuple[float, float]], groups: int) -> list[float]:
     """Return factors for points evenly along the depth: the less, the more the base depends on what is there.
 
-    The factor of a group is (s / s_g)^(1/2), at most 1.5, where s_g = sum F dW^2 / sum dW^2 over its layers and
-    s is the geometric mean of all: each group then adds as much to the divergence for its size.
+    The factor of a group is (s / s_g)^(1/2), at most 1.5, where s_g = sum F dW^2 / sum dW^2 over its layers
+    and s is the geometric mean of all: each group then adds as much to the divergence for its size.
 
     Args:
         found: of `sensitivities`.

@@ -21,7 +21,29 @@ from mergekit_monosoup.search.evaluation import Measured
 PREFIX = "python:"
 
 
-class FunctionEvaluation:
+class InMemory:
+    """What scores a loaded model, so that a candidate need not be written."""
+
+    text: str
+    option: str
+    per_item: bool
+    #: what the score itself says of its direction, where it does
+    lower_is_better: bool | None = None
+
+    def digest(self) -> str:
+        """Return a digest of what the score depends on besides the model."""
+        raise NotImplementedError
+
+    def measure_loaded(self, loaded: Loaded) -> Measured:
+        """Return the score of a model as it is now."""
+        raise NotImplementedError
+
+    def measure(self, folder: Path) -> Measured:
+        """Return the score of the checkpoint in a folder."""
+        return self.measure_loaded(Loaded(folder))
+
+
+class FunctionEvaluation(InMemory):
     """A function of a loaded model and its tokenizer that returns the score, or those of items."""
 
     def __init__(self, text: str, option: str, per_item: bool = False) -> None:
@@ -59,10 +81,6 @@ class FunctionEvaluation:
             source = b""
         how = b"per item" if self.per_item else b""
         return hashlib.sha256(how + self.arguments[0].encode() + b"\n" + source).hexdigest()
-
-    def measure(self, folder: Path) -> Measured:
-        """Return the score of the checkpoint in a folder."""
-        return self.measure_loaded(Loaded(folder))
 
     def measure_loaded(self, loaded: Loaded) -> Measured:
         """Return the score of a model as it is now.
