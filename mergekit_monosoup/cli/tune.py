@@ -10,6 +10,7 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_monosoup.cli.failure import reported_errors
+from mergekit_monosoup.cli.html import html_option, write_html
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -91,6 +92,7 @@ class _Size(click.ParamType[int]):
 @click.option("--resume", is_flag=True, help="Go on with the search in OUT.tune; repeats nothing.")
 @click.option("--restart", is_flag=True, help="Delete the search in OUT.tune and begin again.")
 @click.option("--overwrite", is_flag=True, help="Replace what OUT holds once the search is done.")
+@html_option
 @click.option("--force-base", is_flag=True, help="Merge although the values say that the base is none.")
 @add_merge_options
 def tune(
@@ -109,6 +111,7 @@ def tune(
     resume: bool,
     restart: bool,
     overwrite: bool,
+    html: Path | None,
     force_base: bool,
     merge_options: MergeOptions,
 ) -> None:
@@ -159,6 +162,10 @@ def tune(
             RunOptions(force_base=force_base),
             progress=(lambda _: None) if quiet else (lambda line: click.echo(line, err=True)),
         )
+        if html is not None:
+            from mergekit_monosoup.report.page.folder import page_of
+
+            write_html(page_of(out_path), html, quiet=quiet)
     if not quiet:
         click.echo(table(result.outcome, parsed, result.holdout))
         click.echo(f"\nWrote {out_path}; {verdict(result.outcome)}")

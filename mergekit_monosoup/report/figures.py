@@ -30,7 +30,9 @@ def place(tensor: str) -> Place:
     Numbers behind the block's own, as those of experts, are left out.
     """
     match = _LAYER.search(f".{tensor}")
-    before, inside = ("", tensor) if match is None else (tensor[: max(match.start() - 1, 0)], tensor[match.end() - 1 :])
+    before, inside = (
+        ("", tensor) if match is None else (tensor[: max(match.start() - 1, 0)], tensor[match.end() - 1 :])
+    )
     parts = [part for part in inside.split(".") if part not in ("weight", "model") and not part.isdigit()]
     return Place(int(match[1]) if match else None, ".".join(parts) or "weight", before)
 

@@ -78,9 +78,9 @@ def findings(records: Sequence[TensorRecord], *, ahead: bool = False) -> list[Fi
     if held["rounding"]:
         found.append(
             Finding(
-                f"In {_of(held['rounding'], records)}, more than a third of the update's norm is rounding of the "
-                "stored weights. What is small in such an update is noise, and its split says little of what was "
-                "learned. Merge from float32 weights or from the adapter's factors, if they exist.",
+                f"In {_of(held['rounding'], records)}, more than a third of the update's norm is rounding of "
+                "the stored weights. What is small in such an update is noise, and its split says little of "
+                "what was learned. Merge from float32 weights or from an adapter's factors, if they exist.",
                 "rounding",
             )
         )
@@ -88,9 +88,9 @@ def findings(records: Sequence[TensorRecord], *, ahead: bool = False) -> list[Fi
     if held["whole"] and (note is None or len(held["whole"]) < len(spectra)):
         found.append(
             Finding(
-                f"In {_of(held['whole'], spectra)}, the split keeps every direction (k = r, or the rank of an "
-                "adapter), so the update stays as it is. This happens to flat spectra; `energy: 0.8` divides "
-                "them.",
+                f"In {_of(held['whole'], spectra)}, the split keeps every direction (k = r, or the rank of "
+                "an adapter), so the update stays as it is. This happens to flat spectra; `energy: 0.8` "
+                "divides them.",
                 "whole",
             )
         )
@@ -100,7 +100,8 @@ def findings(records: Sequence[TensorRecord], *, ahead: bool = False) -> list[Fi
     if held["unmoved"] and note is None:
         found.append(
             Finding(
-                f"{_of(held['unmoved'], records)} hold the values of the base: fine-tuning did not touch them.",
+                f"{_of(held['unmoved'], records)} hold the values of the base: fine-tuning did not touch "
+                "them.",
                 "unmoved",
             )
         )
@@ -119,9 +120,9 @@ def _base(records: Sequence[TensorRecord]) -> list[Finding]:
         return []
     return [
         Finding(
-            f"The update is as large as the weights it starts from (median ‖ΔW‖ / ‖W0‖ {median(sizes):.2f}; weights "
-            "of two separate trainings have about 1.41). The base may be the wrong one: name the checkpoint that "
-            "the fine-tuning started from."
+            f"The update is as large as the weights it starts from (median ‖ΔW‖ / ‖W0‖ {median(sizes):.2f}; "
+            "weights of two separate trainings have about 1.41). The base may be the wrong one: name the "
+            "checkpoint that the fine-tuning started from."
         )
     ]
 

@@ -63,5 +63,7 @@ def read_front(folder: Path) -> Front | None:
     except (ValidationError, ValueError) as error:
         raise InputError(f"{file} is not what tune writes; run tune again or delete it") from error
     if front.chosen >= len(front.trials):
-        raise InputError(f"{file} names trial {front.chosen} of {len(front.trials)}; run tune again or delete it")
+        raise InputError(
+            f"{file} names trial {front.chosen} of {len(front.trials)}; run tune again or delete it"
+        )
     return front

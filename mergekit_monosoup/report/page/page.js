@@ -4,6 +4,8 @@
   const byId = (id) => document.getElementById(id);
   const short = (value) => (value === null || value === undefined ? "" : Number(value.toPrecision(4)).toString());
 
+  const draw = (options) => Plot.plot({ ...options, style: { fontSize: "12px" } });
+
   // Charts are pictures to a screen reader; what they show is in the table below each.
   function put(holder, chart, label) {
     const figure = chart.matches("svg") ? chart : chart.querySelector("svg:last-of-type");
@@ -36,14 +38,15 @@
   }
 
   // ---- the table of tensors
-  const body = byId("table").tBodies[0];
-  const rows = [...body.rows].map((element, i) => ({
+  const table = byId("table");
+  const body = table && table.tBodies[0];
+  const rows = [...(body ? body.rows : [])].map((element, i) => ({
     element,
     values: data.values[i],
     groups: data.groups[i],
     name: data.values[i][0],
   }));
-  const headings = [...byId("table").tHead.rows[0].cells];
+  const headings = table ? [...table.tHead.rows[0].cells] : [];
   const collator = new Intl.Collator("en", { numeric: true });
 
   function sortBy(column) {
@@ -76,10 +79,13 @@
     }
     byId("count").textContent = count === rows.length ? `${count} tensors` : `${count} of ${rows.length} tensors`;
   }
-  search.addEventListener("input", filter);
+  if (search) {
+    search.addEventListener("input", filter);
+    search.form.addEventListener("submit", (event) => event.preventDefault());
+    // The fields are empty once all who listen have heard.
+    search.form.addEventListener("reset", () => setTimeout(filter));
+  }
   if (group) group.addEventListener("change", filter);
-  search.form.addEventListener("submit", (event) => event.preventDefault());
-  search.form.addEventListener("reset", () => setTimeout(filter));
   for (const link of document.querySelectorAll("a[data-group]")) {
     link.addEventListener("click", () => {
       search.value = "";
@@ -111,13 +117,14 @@
     const layers = [...new Set(cells.map((cell) => cell.layer))].sort((a, b) =>
       a === OUTSIDE ? 1 : b === OUTSIDE ? -1 : a - b
     );
-    const modules = [...new Set(cells.map((cell) => cell.module))];
+    const inside = (cell) => cell.layer !== OUTSIDE;
+    const modules = [...new Set([...cells.filter(inside), ...cells].map((cell) => cell.module))];
     const longest = Math.max(...modules.map((module) => module.length));
     const margin = Math.min(320, 20 + 6.6 * longest);
     const side = Math.max(14, Math.min(56, 900 / layers.length));
     const scale = domainOf(name, cells.map((cell) => cell.value));
     const label = `${metric.name}${scale.type ? " (logarithmic)" : ""}`;
-    const chart = Plot.plot({
+    const chart = draw({
       marginLeft: margin,
       marginBottom: 40,
       width: Math.max(420, margin + 30 + side * layers.length),
@@ -176,35 +183,36 @@
     const ours = { stroke: "var(--mark)" };
     const dash = (split) => (split.name === "split" ? "none" : "5 4");
     const step = (n) => 12 + 15 * n;
-    const marks = (x) => splits.flatMap((split, n) => [
+    // `x` places a split, `share` says how far to the right that is.
+    const marks = (x, share) => splits.flatMap((split, n) => [
       Plot.ruleX([x(split)], { ...ours, strokeDasharray: dash(split) }),
       Plot.text([named(split)], {
         x: x(split), frameAnchor: "bottom", dy: -step(n), fill: "var(--mark)", stroke: "var(--paper)", strokeWidth: 4,
         // On the side that has room.
-        ...(split.k > spectrum.r / 2 ? { dx: -4, textAnchor: "end" } : { dx: 4, textAnchor: "start" }),
+        ...(share(split) > 0.5 ? { dx: -4, textAnchor: "end" } : { dx: 4, textAnchor: "start" }),
       }),
     ]);
-    const width = 520;
+    const [width, wide] = [520, spectrum.r > 20];
     const positive = points.filter((point) => point.s > 0);
     put(
       byId("spectrum-values"),
-      Plot.plot({
+      draw({
         width, height: 320, marginLeft: 50, marginBottom: 40,
-        x: { type: spectrum.r > 20 ? "log" : "linear", label: "index i", domain: [1, Math.max(2, spectrum.r)], grid: true, ticks: 5, tickFormat: "~s" },
+        x: { type: wide ? "log" : "linear", label: "index i", domain: [1, Math.max(2, spectrum.r)], grid: true, ticks: 5, tickFormat: "~s" },
         y: { type: "log", label: "s_i / s_1", grid: true, ticks: 5, tickFormat: "~g", domain: [Math.min(0.5, ...positive.map((point) => point.s)), 1] },
-        marks: [Plot.line(positive, { x: "i", y: "s", strokeWidth: 2, tip: true }), ...marks((split) => split.k)],
+        marks: [Plot.line(positive, { x: "i", y: "s", strokeWidth: 2, tip: true }), ...marks((split) => split.k, (split) => (wide ? Math.log(split.k) / Math.log(spectrum.r) : split.k / spectrum.r))],
       }),
       `Singular values of ${name}`
     );
     put(
       byId("spectrum-energy"),
-      Plot.plot({
+      draw({
         width, height: 320, marginLeft: 50, marginBottom: 40,
         x: { label: "rank kept, k / r", domain: [0, 1], grid: true, tickFormat: ".0%" },
         y: { label: "energy kept, P_k", domain: [0, 1], grid: true, tickFormat: ".0%" },
         marks: [
           Plot.line([{ i: 0, e: 0 }, ...points], { x: (point) => point.i / spectrum.r, y: "e", strokeWidth: 2, tip: true }),
-          ...marks((split) => split.k / spectrum.r),
+          ...marks((split) => split.k / spectrum.r, (split) => split.k / spectrum.r),
         ],
       }),
       `Energy kept against rank in ${name}`
@@ -239,7 +247,7 @@
     const dark = (value) => Math.abs(value) > 0.6;
     put(
       byId("averages-chart"),
-      Plot.plot({
+      draw({
         marginLeft: margin, marginBottom: Math.min(200, margin), width: margin + 60 + 64 * names.length,
         height: Math.min(200, margin) + 60 + 44 * names.length,
         x: { domain: names, label: null, tickRotate: -40, tickSize: 0 }, y: { domain: names, label: null, tickSize: 0 },
@@ -265,7 +273,7 @@
     const longest = Math.max(...pairs.map((pair) => pair.length));
     put(
       byId("cosines-chart"),
-      Plot.plot({
+      draw({
         width: 760, height: 60 + 70 * Math.min(pairs.length, 40), marginRight: Math.min(320, 20 + 7 * longest), marginBottom: 40,
         x: { label: "cosine of two updates of one tensor", domain: [Math.max(-1, middle - half), Math.min(1, middle + half)] },
         y: { label: "tensors", ticks: 3, grid: true }, fy: { label: null, domain: pairs },
@@ -295,7 +303,7 @@
       const at = { x: "x", y: "y" };
       put(
         byId("front-chart"),
-        Plot.plot({
+        draw({
           width: 760, height: 460, marginLeft: 60, marginBottom: 45, marginRight: 60, grid: true, nice: true, inset: 12,
           x: { label: direction(scores[0]) }, y: { label: direction(scores[1]) },
           color: { legend: true, scheme: "observable10" }, symbol: { legend: true },

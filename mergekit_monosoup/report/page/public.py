@@ -7,7 +7,12 @@ from pathlib import PurePath
 
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]+/?")
 # A path of at least two parts that begins at a root, a home, a drive or here.
-_PATH = re.compile(r"(?<![\w.~/\\:-])(?:[A-Za-z]:[\\/]|\\\\|~[\w-]*[\\/]|\.{1,2}[\\/]|/)[^\s'\"`<>|,;()\[\]{}]*[^\s'\"`<>|,;:.()\[\]{}]")
+_PATH = re.compile(
+    r"""(?<![\w.~/\\:-])
+    (?: [A-Za-z]:[\\/] | \\\\ | ~[\w-]*[\\/] | \.{1,2}[\\/] | / )
+    [^\s'"`<>|,;()\[\]{}]* [^\s'"`<>|,;:.()\[\]{}]""",
+    re.VERBOSE,
+)
 
 
 def public_name(model: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from mergekit_monosoup.errors import OutputError
 from mergekit_monosoup.report.page.content import Page
@@ -28,14 +29,18 @@ def page_html(page: Page) -> str:
     scripts = [_text(name).strip("\n") for name in _SCRIPTS]
     table = page.table
     data = {**page.data, "values": table.values, "groups": table.groups}
-    return _environment().get_template("page.html.j2").render(
-        page=page,
-        data={key: value for key, value in data.items() if value is not None},
-        # Files of this package, not of a report.
-        scripts=[Markup(script) for script in scripts],  # noqa: S704
-        style=Markup(_text("page.css")),  # noqa: S704
-        hashes=[_hash(script) for script in scripts],
-        version=installed_version("mergekit-monosoup"),
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            page=page,
+            data={key: value for key, value in data.items() if value is not None},
+            # Files of this package, not of a report.
+            scripts=[Markup(script) for script in scripts],
+            style=Markup(_text("page.css")),
+            hashes=[_hash(script) for script in scripts],
+            version=installed_version("mergekit-monosoup"),
+        )
     )
 
 
@@ -51,6 +56,11 @@ def write_page(page: Page, file: Path) -> None:
         raise OutputError(
             f"page {file} cannot be written ({error.strerror}); name a file in a folder that you can write to"
         ) from error
+
+
+def _marked(text: str) -> Markup:
+    """Return a text, escaped, with what stands between backquotes as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _hash(script: str) -> str:
@@ -71,6 +81,11 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["marked"] = _marked
     # Numbers without spaces between them.
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":"), "ensure_ascii": False}
+    environment.policies["json.dumps_kwargs"] = {
+        "sort_keys": False,
+        "separators": (",", ":"),
+        "ensure_ascii": False,
+    }
     return environment
