@@ -59,14 +59,14 @@ def merge_page(
     names = module_names(ordered)
     shown = _most_telling(ordered)
     ahead = header.method == "inspect"
+    said = sentences(header, ordered, names)
+    if front is not None:
+        said.append(search_sentence(front))
     sizes = {r.tensor: r.relative_update or 0.0 for r in shown}
     return Page(
         title=title,
         subtitle="Analysis of an update" if ahead else f"Merged by {header.method or 'mergekit-monosoup'}",
-        sentences=[
-            *sentences(header, ordered, names),
-            *([search_sentence(front)] if front is not None else []),
-        ],
+        sentences=said,
         numbers=numbers(ordered) if records else (),
         findings=findings(ordered, ahead=ahead) if records else None,
         table=tensor_table(shown, len(ordered)),

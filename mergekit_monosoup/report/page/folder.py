@@ -6,7 +6,6 @@ from pathlib import Path
 
 from mergekit_monosoup.report.page.content import Page, merge_page
 from mergekit_monosoup.report.page.front import read_front
-from mergekit_monosoup.report.page.public import public_name
 from mergekit_monosoup.report.page.render import PAGE_NAME, write_page
 from mergekit_monosoup.report.reader import FILE_NAME, read_report
 from mergekit_monosoup.report.recorder import new_header
@@ -17,14 +16,13 @@ def page_of(path: Path, title: str | None = None) -> Page:
 
     Args:
         path: the file or folder.
-        title: name of the model; that of the folder where it is absent.
+        title: name of the model; that of the folder or file where it is absent.
 
     Raises:
         InputError: there is neither a report nor a search, or one of them cannot be read; names the file.
     """
-    folder = path if path.is_dir() else path.parent
     front = read_front(path) if path.is_dir() else None
-    title = title or public_name(str(folder.resolve()))
+    title = title or path.resolve().name.removesuffix(".jsonl")
     if front is not None and not (path / FILE_NAME).exists():
         # The search chose a model that no method of ours made.
         return merge_page(new_header(created=""), (), title, front)

@@ -84,8 +84,8 @@ def _largest(records: Sequence[TensorRecord], names: dict[str, str]) -> str | No
     largest, tensor = max(sizes)
     layer = place(tensor).layer
     return (
-        f"The update measures {median(size for size, _ in sizes):.2%} of the base (median of the matrices), at "
-        f"most {largest:.2%}, in {names[tensor]}{'' if layer is None else f' of layer {layer}'}."
+        f"The update measures {median(size for size, _ in sizes):.2%} of the base (median of the matrices), "
+        f"at most {largest:.2%}, in {names[tensor]}{'' if layer is None else f' of layer {layer}'}."
     )
 
 
