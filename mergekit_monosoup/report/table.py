@@ -159,12 +159,16 @@ def records_table(records: Sequence[TensorRecord], columns: Sequence[str] = DEFA
     return text_table(["tensor", *(COLUMNS[c][0] for c in shown)], rows)
 
 
+def counted(records: Sequence[TensorRecord]) -> str:
+    """Return how many tensors a report has, by what was done with them."""
+    counts = Counter("without update" if r.reason == ZERO_UPDATE else r.action for r in records)
+    listed = ", ".join(f"{counts[what]} {what}" for what in (*ACTIONS, "without update") if counts[what])
+    return f"{len(records)} tensors: {listed or 'none'}"
+
+
 def summary(records: Sequence[TensorRecord]) -> str:
     """Return the totals of a report in a line."""
-    counts = Counter("without update" if r.reason == ZERO_UPDATE else r.action for r in records)
-    seconds = sum(r.seconds or 0 for r in records)
-    listed = ", ".join(f"{counts[what]} {what}" for what in (*ACTIONS, "without update") if counts[what])
-    return f"{len(records)} tensors: {listed or 'none'}; {seconds:.1f} s"
+    return f"{counted(records)}; {sum(r.seconds or 0 for r in records):.1f} s"
 
 
 def remark(records: Sequence[TensorRecord]) -> str | None:

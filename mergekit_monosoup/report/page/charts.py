@@ -108,7 +108,7 @@ def front_data(front: Front) -> dict[str, Any]:
         "scores": [score.model_dump() for score in front.scores],
         "trials": [
             {
-                "name": trial.name,
+                "name": without_paths(trial.name),
                 "kind": trial.kind,
                 "wise_ft": trial.wise_ft,
                 "scores": [trial.scores.get(score.name) for score in front.scores],

@@ -59,13 +59,16 @@ def merge_page(
     names = module_names(ordered)
     shown = _most_telling(ordered)
     ahead = header.method == "inspect"
+    subtitle = "Analysis of an update" if ahead else f"Merged by {header.method or 'mergekit-monosoup'}"
+    if not records:
+        subtitle = "Chosen by a search"
     said = sentences(header, ordered, names)
     if front is not None:
         said.append(search_sentence(front))
     sizes = {r.tensor: r.relative_update or 0.0 for r in shown}
     return Page(
         title=title,
-        subtitle="Analysis of an update" if ahead else f"Merged by {header.method or 'mergekit-monosoup'}",
+        subtitle=subtitle,
         sentences=said,
         numbers=numbers(ordered) if records else (),
         findings=findings(ordered, ahead=ahead) if records else None,

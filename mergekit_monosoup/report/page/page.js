@@ -1,18 +1,23 @@
 "use strict";
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
+  byId("no-script").hidden = true;
+  const data = JSON.parse(document.getElementById("data").textContent);
   const short = (value) => (value === null || value === undefined ? "" : Number(value.toPrecision(4)).toString());
 
   const draw = (options) => Plot.plot({ ...options, style: { fontSize: "12px" } });
 
   // Charts are pictures to a screen reader; what they show is in the table below each.
   function put(holder, chart, label) {
-    const figure = chart.matches("svg") ? chart : chart.querySelector("svg:last-of-type");
+    const figure = chart.matches("svg") ? chart : [...chart.children].filter((child) => child.matches("svg")).pop();
+    for (const legend of chart.querySelectorAll("svg")) legend.setAttribute("aria-hidden", "true");
+    figure.removeAttribute("aria-hidden");
     figure.setAttribute("role", "img");
     figure.setAttribute("aria-label", label);
-    for (const ramp of chart.matches("svg") ? [] : chart.querySelectorAll("svg:not(:last-of-type)")) {
-      ramp.setAttribute("aria-hidden", "true");
+    // Plot labels groups of marks, which have no role to be read out.
+    for (const group of chart.querySelectorAll("g[aria-label]")) {
+      group.classList.add(`mark-${group.getAttribute("aria-label").replace(/\W+/g, "-")}`);
+      group.removeAttribute("aria-label");
     }
     holder.replaceChildren(chart);
   }
@@ -244,12 +249,13 @@
     const { names, values } = data.averages;
     const cells = values.flatMap((row, i) => row.map((value, j) => ({ a: names[i], b: names[j], value })));
     const margin = Math.min(260, 20 + 7 * Math.max(...names.map((name) => name.length)));
+    const slanted = 25 + 0.65 * margin;
     const dark = (value) => Math.abs(value) > 0.6;
     put(
       byId("averages-chart"),
       draw({
-        marginLeft: margin, marginBottom: Math.min(200, margin), width: margin + 60 + 64 * names.length,
-        height: Math.min(200, margin) + 60 + 44 * names.length,
+        marginLeft: margin, marginBottom: slanted, width: margin + 60 + 64 * names.length,
+        height: slanted + 40 + 44 * names.length,
         x: { domain: names, label: null, tickRotate: -40, tickSize: 0 }, y: { domain: names, label: null, tickSize: 0 },
         color: { type: "diverging", scheme: "RdBu", reverse: true, domain: [-1, 1], legend: true, label: "average cosine" },
         marks: [
@@ -270,14 +276,17 @@
     const every = points.map((point) => point.cosine);
     const middle = (d3.min(every) + d3.max(every)) / 2;
     const half = Math.max(0.05, (d3.max(every) - d3.min(every)) / 2 + 0.01);
+    const [low, high] = [Math.max(-1, middle - half), Math.min(1, middle + half)];
+    const bins = d3.range(31).map((i) => low + (i * (high - low)) / 30);
     const longest = Math.max(...pairs.map((pair) => pair.length));
     put(
       byId("cosines-chart"),
       draw({
         width: 760, height: 60 + 70 * Math.min(pairs.length, 40), marginRight: Math.min(320, 20 + 7 * longest), marginBottom: 40,
-        x: { label: "cosine of two updates of one tensor", domain: [Math.max(-1, middle - half), Math.min(1, middle + half)] },
-        y: { label: "tensors", ticks: 3, grid: true }, fy: { label: null, domain: pairs },
-        marks: [Plot.rectY(points, Plot.binX({ y: "count" }, { x: { value: "cosine", thresholds: 30 }, fy: "pair", fill: "currentColor", fillOpacity: 0.6 })), Plot.ruleY([0])],
+        x: { label: "cosine of two updates of one tensor", domain: [low, high] },
+        // There are no halves of tensors.
+        y: { label: "tensors", ticks: 3, tickFormat: (count) => (Number.isInteger(count) ? count : "") }, fy: { label: null, domain: pairs },
+        marks: [Plot.rectY(points, Plot.binX({ y: "count" }, { x: { value: "cosine", thresholds: bins }, fy: "pair", fill: "currentColor", fillOpacity: 0.6 })), Plot.ruleY([0])],
       }),
       "Histogram of the cosines of each pair"
     );
@@ -304,9 +313,9 @@
       put(
         byId("front-chart"),
         draw({
-          width: 760, height: 460, marginLeft: 60, marginBottom: 45, marginRight: 60, grid: true, nice: true, inset: 12,
+          width: 760, height: 480, marginLeft: 60, marginTop: 35, marginBottom: 45, marginRight: 60, grid: true, nice: true, inset: 20,
           x: { label: direction(scores[0]) }, y: { label: direction(scores[1]) },
-          color: { legend: true, scheme: "observable10" }, symbol: { legend: true },
+          color: { scheme: "observable10" }, symbol: { legend: true },
           marks: [
             Plot.line(plain, { ...at, stroke: "currentColor", strokeOpacity: 0.45 }),
             Plot.dot(points, { ...at, fill: "kind", symbol: "kind", r: 4.5, title: (trial) => `${trial.name}\n${short(trial.x)}, ${short(trial.y)}`, tip: true }),
@@ -323,7 +332,7 @@
     fill(
       byId("front-table"),
       `Scores of all trials: ${scores.map(direction).join(", ")}`,
-      ["trial", "", ...scores.map((score) => score.name), ...held.map((name) => `${name} (not seen by the search)`)],
+      ["trial", "place", ...scores.map((score) => score.name), ...held.map((name) => `${name} (not seen by the search)`)],
       trials.map((trial) => [
         trial.name,
         [trial.chosen ? "chosen" : "", trial.on_front ? "front" : ""].filter(Boolean).join(", "),

@@ -82,7 +82,7 @@ def tensor_table(records: Sequence[TensorRecord], total: int) -> Table:
         rows.append(cells)
         values.append(list[float | str | None](sorted_by))
         for name in shown:
-            value = getattr(record, name)
+            value = without_paths(record.reason) if name == "reason" else getattr(record, name)
             cells.append(_cell(name, value))
             values[-1].append(_sortable(name, value))
         for name in figures:
@@ -103,7 +103,7 @@ def _cell(name: str, value: object) -> str:
         return ""
     if name == "relative_update":
         return f"{value:.3g}"
-    return without_paths(COLUMNS[name][1](value)) if name == "reason" else COLUMNS[name][1](value)
+    return COLUMNS[name][1](value)
 
 
 def _sortable(name: str, value: object) -> float | str | None:

@@ -7,10 +7,10 @@ from statistics import fmean, median
 
 from mergekit_monosoup.report.figures import change, place
 from mergekit_monosoup.report.page.front import Front
-from mergekit_monosoup.report.page.public import public_name
+from mergekit_monosoup.report.page.public import public_name, without_paths
 from mergekit_monosoup.report.schema import ReportHeader, TensorRecord
 from mergekit_monosoup.report.survival import survival_sentence
-from mergekit_monosoup.report.table import summary
+from mergekit_monosoup.report.table import counted
 
 _METHODS = {
     "monosoup": "MonoSoup",
@@ -38,7 +38,7 @@ def sentences(header: ReportHeader, records: Sequence[TensorRecord], names: dict
         method = _METHODS.get(header.method or "", header.method or "mergekit-monosoup")
         did = f"{method} was applied to the update from {base} to {tuned}"
     found: list[str | None] = [
-        f"{did}. {summary(records)} of computation.",
+        f"{did}. {counted(records)}.",
         _coefficients(records),
         _largest(records, names),
         survival_sentence([r.edit_survival for r in records], ahead=ahead),
@@ -50,7 +50,7 @@ def search_sentence(front: Front) -> str:
     """Return which trial of a search was chosen."""
     trial = front.trials[front.chosen]
     scored = ", ".join(f"{name} {value:.5g}" for name, value in trial.scores.items() if value is not None)
-    return f"The recipe was chosen among {len(front.trials)} trials of a search: {trial.name} ({scored})."
+    return f"The recipe was chosen among {len(front.trials)} trials of a search: {without_paths(trial.name)} ({scored})."
 
 
 def _models(header: ReportHeader, role: str) -> str:
