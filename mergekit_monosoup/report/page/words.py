@@ -50,7 +50,8 @@ def search_sentence(front: Front) -> str:
     """Return which trial of a search was chosen."""
     trial = front.trials[front.chosen]
     scored = ", ".join(f"{name} {value:.5g}" for name, value in trial.scores.items() if value is not None)
-    return f"The recipe was chosen among {len(front.trials)} trials of a search: {without_paths(trial.name)} ({scored})."
+    name = without_paths(trial.name)
+    return f"The recipe was chosen among {len(front.trials)} trials of a search: {name} ({scored})."
 
 
 def _models(header: ReportHeader, role: str) -> str:
