@@ -56,7 +56,7 @@ def _histogram(axes: Any, summary: AlignmentSummary, names: list[str]) -> None:
         return
     low, high = min(everything), max(everything)
     margin = max(0.02, 0.05 * (high - low))
-    bounds = (low - margin, high + margin)
+    bounds = (max(-1.0, low - margin), min(1.0, high + margin))
     if len(summary.pairs) <= _MOST_PAIRS:
         for (i, j), values in summary.pairs.items():
             label = f"{names[i]}, {names[j]}"

@@ -27,12 +27,13 @@ _SAME = 1e-6
 _WIDE = 20
 
 
-def write_plots(records: Sequence[TensorRecord], folder: Path) -> list[Path]:
+def write_plots(records: Sequence[TensorRecord], folder: Path, *, spectra: bool = True) -> list[Path]:
     """Draw every figure for which the records have the numbers.
 
     Args:
         records: of a report.
         folder: where the PNG files go; created where it is missing.
+        spectra: also those of the spectra.
 
     Returns:
         The files written; none where nothing was edited.
@@ -41,9 +42,8 @@ def write_plots(records: Sequence[TensorRecord], folder: Path) -> list[Path]:
         ConfigurationError: matplotlib is not installed.
     """
     plots: dict[str, Callable[[Sequence[TensorRecord]], Any]] = {
-        "singular_values": plot_spectra,
+        **({"singular_values": plot_spectra, "energy_by_rank": plot_energy} if spectra else {}),
         "coefficients": plot_coefficients,
-        "energy_by_rank": plot_energy,
         "relative_update": plot_relative_update,
         "cosines": plot_cosines,
     }

@@ -102,7 +102,7 @@ def _cell(name: str, value: object) -> str:
     if value is None:
         return ""
     if name == "relative_update":
-        return f"{value:.3g}"
+        return f"{value:#.3g}"
     return COLUMNS[name][1](value)
 
 
