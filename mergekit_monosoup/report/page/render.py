@@ -17,7 +17,13 @@ from mergekit_monosoup.report.page.content import Page
 from mergekit_monosoup.report.versions import installed_version
 
 PAGE_NAME = "monosoup_report.html"
-_SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "page.js")
+# In this order: what one defines, the next ones use.
+_SCRIPTS = (
+    "vendor/d3.min.js",
+    "vendor/plot.umd.min.js",
+    *(f"scripts/{name}.js" for name in ("helpers", "table", "map", "spectra", "cosines", "front")),
+)
+_LICENCES = ("vendor/LICENSE-d3", "vendor/LICENSE-plot")
 
 
 def page_html(page: Page) -> str:
@@ -39,6 +45,7 @@ def page_html(page: Page) -> str:
             scripts=[Markup(script) for script in scripts],
             style=Markup(_text("page.css")),
             hashes=[_hash(script) for script in scripts],
+            licences=[_text(name) for name in _LICENCES],
             version=installed_version("mergekit-monosoup"),
         )
     )
