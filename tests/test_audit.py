@@ -185,7 +185,7 @@ class TestFigures:
         file = tmp_path / "inspect.jsonl"
         assert run("inspect", *models.folders, "--json", file, "--quiet").exit_code == 0
         written = write_plots(read_report(file).records, tmp_path / "plots")
-        names = ["singular_values", "coefficients", "energy_by_rank", "relative_update", "cosines"]
+        names = ["singular_values", "energy_by_rank", "coefficients", "relative_update", "cosines"]
         assert [path.stem for path in written] == names
         for path in written:
             picture = imread(path)[..., :3]

@@ -57,8 +57,9 @@ def write_page(page: Page, file: Path) -> None:
     Raises:
         OutputError: the file cannot be written; names it.
     """
+    html = page_html(page)
     try:
-        file.write_text(page_html(page), "utf-8", newline="\n")
+        file.write_text(html, "utf-8", newline="\n")
     except OSError as error:
         raise OutputError(
             f"page {file} cannot be written ({error.strerror}); name a file in a folder that you can write to"
