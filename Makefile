@@ -2,6 +2,7 @@
 #
 #   make demo   merge a small pair of checkpoints with the stock mergekit-yaml command
 #   make test   run all tests
+#   make test-lowest   the same with the lowest versions of everything that pyproject.toml allows
 #   make lint   ruff and mypy
 #   make docs   write docs/cli.md anew
 #   make bench  all benchmarks, some twenty minutes, into benchmarks/RESULTS.md
@@ -17,17 +18,24 @@ BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench study study-short clean
+.PHONY: help demo test test-lowest lint format docs bench study study-short clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,12p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,13p'
 
 demo: $(VENV)/.test
 	$(BIN)/python examples/demo.py
 
 # One thread a worker: the models of the tests are tiny, and threads of several workers only fight.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --maxprocesses 8
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
+
+# pip has no such resolution; uv has, and fetches torch with its CUDA libraries, some 3 GB.
+test-lowest: $(VENV)/.test
+	$(PIP) uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)-lowest
+	$(BIN)/uv pip install --quiet --python $(VENV)-lowest --resolution lowest-direct -e '.[test]'
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)-lowest/bin:$$PATH" $(VENV)-lowest/bin/python -m pytest -n logical --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -56,7 +64,7 @@ study-short: $(VENV)/.test
 	$(BIN)/python -m benchmarks.robustness --short $(STUDY)
 
 clean:
-	rm -rf $(VENV) .demo .study build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest .demo .study build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: an installation is repeated only when what it depends on has changed.

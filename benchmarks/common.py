@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -86,6 +87,18 @@ class Run:
     output: str
 
 
+# The largest memory of a process counts what it was forked from: here a small one, whatever this one holds.
+_LAUNCH = """
+import json, resource, subprocess, sys, time
+begin = time.perf_counter()
+status = subprocess.call(sys.argv[2:])
+seconds = time.perf_counter() - begin
+with open(sys.argv[1], "w") as file:
+    json.dump([seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss], file)
+sys.exit(status)
+"""
+
+
 def run_child(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Run:
     """Run a command to its end, offline.
 
@@ -94,25 +107,22 @@ def run_child(command: Sequence[str | Path], environment: Mapping[str, str] | No
     """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, **(environment or {})}
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    # Tells Popen that the child has been waited for.
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise RuntimeError(f"{command} -> {process.returncode}\n{output}")
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as measured:
+        launched = [sys.executable, "-S", "-c", _LAUNCH, measured.name, *(str(part) for part in command)]
+        done = subprocess.run(
+            launched,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"{command} -> {done.returncode}\n{done.stdout}")
+        seconds, peak = json.loads(measured.read())
     unit = 1 if sys.platform == "darwin" else 1024
-    return Run(seconds, usage.ru_maxrss * unit, output)
+    return Run(seconds, peak * unit, done.stdout)
 
 
 def report(

@@ -27,6 +27,25 @@ def registered():
 
 
 @pytest.fixture(scope="session")
+def cluster():
+    """The address of a Ray cluster of two workers on this machine, which this process is connected to."""
+    ray = pytest.importorskip("ray")
+    from commands import ROOT
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Newer versions of Ray ask for a token, which the tests' own cluster can do without.
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        with pytest.MonkeyPatch.context() as starting:
+            starting.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+            context = ray.init(
+                num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
+            )
+        yield context.address_info["address"]
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
 def family(tmp_path_factory):
     """family(architecture, dtype name, ...): a base and its variants, written once a session."""
     from checkpoints import DTYPES, write_family

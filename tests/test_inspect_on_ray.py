@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 
 import click.testing
 import pytest
 import torch
 from checkpoints import copy_with_tensors, load_tensors, write_adapter
-from commands import ROOT
 
 from mergekit_monosoup.cli import main
 
-ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Two workers of one processor each, which this process is connected to."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        context = ray.init(
-            num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
-        )
-        yield context.address_info["address"]
-        ray.shutdown()
+# One cluster for all tests of Ray.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 
 def inspect(*arguments, check=0):

@@ -15,24 +15,10 @@ from commands import recipe, write_config
 from forked import Command, run_command
 from reliability_pair import write_slow_pair
 
-ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.slow
+# One cluster for all tests of Ray.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
-# Newer versions of Ray ask for a token, which the tests' own cluster can do without.
 CLUSTER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Two workers of one processor each on this machine; its address."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in CLUSTER.items():
-            patch.setenv(name, value)
-        context = ray.init(
-            num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
-        )
-        yield context.address_info["address"]
-        ray.shutdown()
 
 
 def merge(folder, config, *options, check=0):

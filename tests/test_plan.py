@@ -105,6 +105,7 @@ def test_plan_is_what_the_merge_does(tmp_path, family, case):
         ("  energy:", 6, "no value"),
         ("  edit:\n    - filter: embed\n      valeu: false", 8, "did you mean 'value'"),
         ("  edit:\n    - filter: embed\n      value: 7", 8, "7"),
+        ("  edit:\n    - filter: 0.5\n      value: false", 7, "in quotation marks"),
         ("dtyp: bfloat16", 6, "did you mean 'dtype'"),
         ("dtype: bfloat61", 6, "bfloat16"),
         ("base_model: other", 6, "given twice"),
@@ -144,6 +145,8 @@ def test_inputs_that_cannot_be_merged(tmp_path, family):
     assert "base_model" in errors(recipe(None, tuned))[0]
     assert "besides base_model" in errors(recipe(base, base))[0]
     assert f"did you mean {tuned}" in errors(recipe(base, str(tuned)[:-1] + "x1"))[0]
+    (nowhere,) = errors(recipe(base, "/" + "x" * 5000))
+    assert len(nowhere) < 400
     tensors = load_tensors(tuned)
     cases = {
         "missing": ({MATRIX: None}, [MATRIX, "missing"]),

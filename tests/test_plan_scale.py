@@ -61,16 +61,16 @@ def sparse_checkpoint(folder: Path, layers: int) -> Path:
 
 
 MEASURE = """
-import json, pathlib, re, resource, sys
+import json, resource, sys
+sys.path.insert(0, "tests")
+from own_memory import peak_bytes
 from mergekit_monosoup.cli import main
 try:
     main(sys.argv[1:], prog_name="mergekit-monosoup", standalone_mode=False)
 finally:
     heavy = sorted({"torch", "transformers", "mergekit"} & set(sys.modules))
     used = resource.getrusage(resource.RUSAGE_SELF)
-    # ru_maxrss would count the process that this one was forked from.
-    peak = int(re.search(r"VmHWM:\\s+([0-9]+)", pathlib.Path("/proc/self/status").read_text())[1])
-    print(json.dumps({"heavy": heavy, "peak": peak, "cpu": used.ru_utime + used.ru_stime}))
+    print(json.dumps({"heavy": heavy, "peak": peak_bytes(), "cpu": used.ru_utime + used.ru_stime}))
 """
 
 
@@ -90,7 +90,7 @@ def test_fourteen_billion_parameters(tmp_path):
     measured = json.loads(done.stdout.splitlines()[-1])
     assert "443 tensors" in done.stdout or "282 tensors" in done.stdout
     assert measured["heavy"] == []
-    assert measured["peak"] < 1e6
+    assert measured["peak"] < 1e9
     # Processor time: the tests share their cores, and waiting for them is not the plan's doing.
     assert measured["cpu"] < 5
 

@@ -63,6 +63,8 @@ class VisionTrack:
         )
         if name == "vit":
             self.recipes += (Recipe("LoRA", 4e-3, "cosine", steps, lora_rank=8),)
+        if short:
+            self.recipes = tuple(recipe for recipe in self.recipes if recipe.name != "M-2")
 
     @property
     def architecture(self) -> str:

@@ -156,7 +156,7 @@ def read_adapter(source: str) -> Adapter:
     folder = fetch(source)
     config = refuse_nonlinear(read_config(source, folder), source)
     settings = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
-    tensors = _read_tensors(source, folder)
+    tensors = plain_keys(source, read_tensors(source, folder))
     for key, tensor in tensors.items():
         # The extremes carry NaN and infinity on, and cost a fraction of looking at each entry.
         if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
@@ -184,7 +184,12 @@ def read_adapter(source: str) -> Adapter:
     return Adapter(source, folder, config, settings, tensors, modules, tuple(biases), tuple(full))
 
 
-def _read_tensors(source: str, folder: Path) -> dict[str, Tensor]:
+def read_tensors(source: str, folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter by their names in its file.
+
+    Raises:
+        AdapterError: there is no file, or it is damaged.
+    """
     if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
         raise AdapterError(f"adapter {source} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
     try:
@@ -196,7 +201,7 @@ def _read_tensors(source: str, folder: Path) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise AdapterError(f"adapter {source}: {key} is no tensor")
-    return plain_keys(source, tensors)
+    return tensors
 
 
 def _modules(

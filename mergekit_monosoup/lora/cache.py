@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from mergekit_monosoup.checkpoint.pinned import source_of
 from mergekit_monosoup.errors import UnsupportedAdapterError
 from mergekit_monosoup.lora.adapter import read_adapter
+from mergekit_monosoup.lora.by_peft import merged_by_peft, with_peft_names
 
 LOG = logging.getLogger(__name__)
 
@@ -59,12 +60,12 @@ def _prepare(reference: ModelReference, options: MergeOptions) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".merging-", dir=cache))
     try:
-        merged = reference.merged(
-            cache_dir=str(staging),
+        built = merged_by_peft(
+            with_peft_names(reference, staging / "adapter"),
+            staging / "merged",
             trust_remote_code=options.trust_remote_code,
-            lora_merge_dtype=options.lora_merge_dtype,
+            dtype=options.lora_merge_dtype,
         )
-        built = Path(merged.model.path)
         (built / MARKER).write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", "utf-8")
         if place.exists():
             shutil.rmtree(place)

@@ -18,7 +18,7 @@ PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.")
 # `get_peft_model_state_dict` takes the adapter's name out of these; a bare `state_dict` has it.
 _NAMED = re.compile(
-    r"\.(?P<kind>lora_(?:A|B|embedding_A|embedding_B)|modules_to_save|token_adapter\.trainable_tokens_delta)"
+    r"\.(?P<kind>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save|token_adapter\.trainable_tokens_delta)"
     r"\.(?P<name>[^.]+)(?P<leaf>(?:\..+)?)$"
 )
 _LEAVES = frozenset({"weight", "bias"})

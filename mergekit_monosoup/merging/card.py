@@ -32,12 +32,12 @@ def write_card(
     notes: Sequence[str] = (),
     sources: Sequence[Path] = (),
 ) -> None:
-    """Write `README.md` and `mergekit_config.yml`, as mergekit does, into `folder`.
+    """Write `README.md`, as mergekit does, into `folder`.
 
     The card calls local folders by their names: it goes to the public, and paths may name people.
 
     Args:
-        recipe: the YAML text, stored as it is.
+        recipe: the YAML text.
         folder: where the merged model lies.
         name: title of the card.
         header, records: report of the merge, for a section of its own; without records there is none.
@@ -66,7 +66,6 @@ def write_card(
     for key, value in carried.items():
         setattr(card.data, key, value)
     (folder / "README.md").write_text(str(card), "utf-8")
-    (folder / "mergekit_config.yml").write_text(recipe, "utf-8")
 
 
 def _carried_over(source: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from mergekit_monosoup.merging.files import (
 )
 from mergekit_monosoup.merging.layer_settings import layers_key
 from mergekit_monosoup.merging.modules import copy_modules
+from mergekit_monosoup.merging.public_recipe import RECIPE
 from mergekit_monosoup.merging.tokenizers import chat_template_in, has_vocabulary, set_chat_template
 
 LOG = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def _layers(recipe: Mapping[str, Any], source: Path) -> Mapping[str, Sequence[in
 
 def _recipe_of(out: Path) -> dict[str, Any]:
     """Return the recipe that mergekit leaves beside a merged model; empty where there is none."""
-    file = out / "mergekit_config.yml"
+    file = out / RECIPE
     try:
         content = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
     except (OSError, ValueError, yaml.YAMLError):

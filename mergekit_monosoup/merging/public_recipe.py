@@ -10,6 +10,9 @@ from typing import Any
 import yaml
 from mergekit.common import ModelReference
 
+# Beside the weights of a merged model: what it was made of.
+RECIPE = "mergekit_config.yml"
+
 # Keys of a recipe whose values name models.
 _MODEL_KEYS = frozenset({"model", "base_model", "lora", "path", "source", "tokenizer_source"})
 # What a tokenizer's source may be besides a model; a folder may be called so, too.

@@ -17,11 +17,10 @@ from mergekit_monosoup import host
 from mergekit_monosoup.errors import InputError
 from mergekit_monosoup.merging.adapters import adapters_opened
 from mergekit_monosoup.merging.prepared import Prepared
+from mergekit_monosoup.merging.public_recipe import RECIPE
 from mergekit_monosoup.merging.units import compute
 from mergekit_monosoup.merging.verify import Recompute
 from mergekit_monosoup.merging.writer import pieces
-
-RECIPE = "mergekit_config.yml"
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from mergekit_monosoup.merging.modules import merge_modules
 from mergekit_monosoup.merging.opened import model_types, open_with_common_names
 from mergekit_monosoup.merging.prepared import Prepared, check_bases
 from mergekit_monosoup.merging.progress import Progress
-from mergekit_monosoup.merging.public_recipe import PublicRecipe
+from mergekit_monosoup.merging.public_recipe import RECIPE, PublicRecipe
 from mergekit_monosoup.merging.report import merge_recorder
 from mergekit_monosoup.merging.units import Unit, by_input, is_out_of_memory, out_of_memory
 from mergekit_monosoup.merging.writer import PickleWriter, Writer
@@ -240,11 +240,13 @@ class Run:
                 cluster.close()
 
     def complete(self, name: str) -> None:
-        """Write what lies beside the weights: configuration, tokenizer, card."""
+        """Write what lies beside the weights: recipe, configuration, tokenizer, card."""
         if self._journal is None or self._recorder is None:
             raise RuntimeError("a run is executed before it is completed")
         path, ready, options = self._folder.path, self._prepared, self._options
         tokenizer = ready.units.tokenizer[1] if ready.units.tokenizer else None
+        # Without a card too: by it the result is verified, and a chosen soup made again.
+        (path / RECIPE).write_text(self._recipe, "utf-8")
         # A text-only fine-tune of a larger base: the result has all of the base.
         whole = self._files_from is None and ready.described_by == ready.config.base_model
         described = Path(host.folder_of(ready.described_by)) if whole else None

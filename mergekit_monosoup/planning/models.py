@@ -12,7 +12,7 @@ from mergekit_monosoup.checkpoint.headers import Checkpoint, is_local, read_fold
 from mergekit_monosoup.checkpoint.hub import read_hub
 from mergekit_monosoup.errors import ConfigurationError, InputError
 from mergekit_monosoup.planning.adapters import touched_tensors
-from mergekit_monosoup.planning.problems import Problems, short
+from mergekit_monosoup.planning.problems import Problems, short, short_path
 from mergekit_monosoup.planning.recipe import Recipe, model_uses
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -117,7 +117,9 @@ def read_model(reference: Reference) -> Checkpoint:
             raise InputError(f"model {name} is a file; name the folder that it lies in")
         checkpoint = read_folder(name, folder)
     elif _looks_local(reference.path):
-        raise InputError(f"model folder {reference.path} does not exist{_neighbour(reference.path)}")
+        raise InputError(
+            f"model folder {short_path(reference.path)} does not exist{_neighbour(reference.path)}"
+        )
     else:
         try:
             checkpoint = read_hub(name, reference.path, reference.revision)
@@ -138,7 +140,7 @@ def _check_adapter(path: str) -> None:
     if folder.exists() and not (folder / "adapter_config.json").exists():
         raise InputError(f"{folder} has no adapter_config.json; is it a PEFT adapter?")
     if not folder.exists() and _looks_local(str(folder)):
-        raise InputError(f"adapter folder {folder} does not exist{_neighbour(str(folder))}")
+        raise InputError(f"adapter folder {short_path(str(folder))} does not exist{_neighbour(str(folder))}")
 
 
 def _looks_local(path: str) -> bool:

@@ -109,6 +109,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; known are {', '.join(names)}" if names else ""
 
 
+_LONGEST_PATH = 300
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlong = 40
@@ -119,3 +120,8 @@ def short(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
         return "a number of more than 40 digits"
     return _SHORT.repr(value)
+
+
+def short_path(path: str) -> str:
+    """Return a path as a message shows it: whole, unless no file system would take it."""
+    return path if len(path) <= _LONGEST_PATH else f"{path[:100]} ... {path[-100:]}"

@@ -135,6 +135,12 @@ def _check_condition(
                 + nearest(str(key), CONDITION_KEYS),
                 recipe.line(*path, str(key)),
             )
+    if not isinstance(condition.get("filter"), (str, type(None))):
+        problems.error(
+            f"the filter {short(condition['filter'])} of parameter {parameter.name!r} is no text; write part "
+            "of the names of tensors in quotation marks",
+            recipe.line(*path, "filter"),
+        )
     if "value" not in condition:
         problems.error(f"a condition of parameter {parameter.name!r} has no value:", recipe.line(*path))
         return
@@ -189,7 +195,7 @@ def value_for(setting: Any, tensor: str, t: float) -> Any:
     if any(isinstance(item, dict) for item in setting):
         for item in setting:
             text = item.get("filter")
-            if text is None or text == "*" or text in tensor:
+            if text is None or text == "*" or str(text) in tensor:
                 return value_for(item.get("value"), tensor, t)
         return None
     if any(isinstance(item, (bool, str)) for item in setting):

@@ -98,7 +98,6 @@ class Kitchen:
         """Write the mean of the members, with its recipe, into `out`, and return the recipe."""
         recipe = soup_recipe([self.candidates[index] for index in members])
         merge_to_folder(recipe, out, self._options, run_options)
-        (out / "mergekit_config.yml").write_text(recipe, "utf-8")
         return recipe
 
     def _evaluated(self, members: Sequence[int]) -> float:

@@ -204,7 +204,6 @@ def _write(
     merge_to_folder(
         as_yaml(recipe), folder, options, replace(run_options, overwrite=True, restart=True, parts=None)
     )
-    (folder / "mergekit_config.yml").write_text(as_yaml(recipe), "utf-8")
     return candidates.scored(recipe, tune.scores, folder)
 
 
