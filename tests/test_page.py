@@ -218,6 +218,16 @@ def test_what_is_odd_is_said():
     assert findings([record("w.weight")]) == []
 
 
+def test_alpha_is_said():
+    def said(*alphas):
+        held = [record(f"w{i}.weight", parameters={"alpha": a} if a else {}) for i, a in enumerate(alphas)]
+        return " ".join(merge_page(header(), held, "x").sentences)
+
+    assert "α" not in said(None)
+    assert "α = 0.5." in said(0.5, 0.5)
+    assert "α = 0.3 to 0.7." in said(0.7, None, 0.3)
+
+
 def test_a_search_of_another_method_has_a_page(tmp_path):
     trial = {"name": "Wise-FT 0.5", "scores": {"id": 1.0}, "wise_ft": 0.5}
     file = tmp_path / "tune.json"

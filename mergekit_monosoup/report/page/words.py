@@ -40,6 +40,7 @@ def sentences(header: ReportHeader, records: Sequence[TensorRecord], names: dict
     found: list[str | None] = [
         f"{did}. {counted(records)}.",
         _coefficients(records),
+        _scaled(records),
         _largest(records, names),
         survival_sentence([r.edit_survival for r in records], ahead=ahead),
     ]
@@ -67,15 +68,18 @@ def _coefficients(records: Sequence[TensorRecord]) -> str | None:
     if not edited:
         return None
     high, low, taken = (fmean(values) for values in zip(*edited, strict=True))
-    alphas = [a for r in records if isinstance(a := r.parameters.get("alpha"), int | float)]
-    scaled = ""
-    if alphas:
-        ends = dict.fromkeys(f"{a:g}" for a in (min(alphas), max(alphas)))
-        scaled = f"; all of it is scaled by α = {' to '.join(ends)}"
     return (
         f"On average the leading directions of an update are scaled by λ_high = {high:.3f} and the rest by "
-        f"λ_low = {low:.3f}, which takes {taken:.1%} of it away{scaled}."
+        f"λ_low = {low:.3f}, which takes {taken:.1%} of it away."
     )
+
+
+def _scaled(records: Sequence[TensorRecord]) -> str | None:
+    alphas = [a for r in records if isinstance(a := r.parameters.get("alpha"), int | float)]
+    if not alphas:
+        return None
+    ends = dict.fromkeys(f"{a:g}" for a in (min(alphas), max(alphas)))
+    return f"What is left of an update is scaled by α = {' to '.join(ends)}."
 
 
 def _largest(records: Sequence[TensorRecord], names: dict[str, str]) -> str | None:

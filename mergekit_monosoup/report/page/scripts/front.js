@@ -14,7 +14,7 @@ if (data.front) {
     put(
       byId("front-chart"),
       draw({
-        width: 760, height: 480, marginLeft: 60, marginTop: 35, marginBottom: 45, marginRight: 60, grid: true, nice: true, inset: 20,
+        width: 760, height: 480, marginLeft: 60, marginTop: 35, marginBottom: 45, marginRight: 60, grid: true, nice: true, inset: 20, insetLeft: 44,
         x: { label: direction(scores[0]) }, y: { label: direction(scores[1]) },
         color: { scheme: "observable10" }, symbol: { legend: true },
         marks: [
