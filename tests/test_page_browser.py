@@ -148,10 +148,11 @@ def test_without_a_mouse(opened):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_is_read_by_all(browser, file, scheme):
     """axe: names, roles, headings, contrast; with all that can be folded unfolded."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    from axe_playwright_python.sync_playwright import Axe
+
     opened = Opened(browser, file, color_scheme=scheme)
     opened.page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    found = axe.Axe().run(opened.page)
+    found = Axe().run(opened.page)
     assert found.violations_count == 0, found.generate_report()
     paper = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (paper == "rgb(255, 255, 255)") is (scheme == "light")
