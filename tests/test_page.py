@@ -216,6 +216,9 @@ def test_what_is_odd_is_said():
     assert "stochastic" in findings(lossy)[0].text
     assert "stochastic" in findings(lossy, ahead=True)[0].text
     assert findings([record("w.weight")]) == []
+    kept = record("w.weight", action="kept", reason="edit: false")
+    assert "edit: false" in findings([kept])[0].text
+    assert findings([kept.model_copy(update={"action": "averaged", "figures": {"ratio": 0.9}})]) == []
 
 
 def test_alpha_is_said():

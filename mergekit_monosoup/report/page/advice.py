@@ -49,7 +49,8 @@ def _unmoved(record: TensorRecord) -> bool:
 
 
 def _left(record: TensorRecord) -> bool:
-    return record.action != "edited" and len(record.shape) > 1
+    # Methods that average, and edit nothing, say by figures of their own what they did.
+    return record.action != "edited" and len(record.shape) > 1 and not record.figures
 
 
 #: groups of tensors that findings are about: how they are called, and who belongs to them

@@ -115,7 +115,7 @@ def numbers(records: Sequence[TensorRecord]) -> list[tuple[str, str]]:
     ]
     return [
         ("tensors", f"{len(records):,}"),
-        ("edited", f"{len(edited):,}"),
+        *([("edited", f"{len(edited):,}")] if edited else []),
         *((label, format(total(values), how)) for label, values, total, how in found if values),
     ]
 
