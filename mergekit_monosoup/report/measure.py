@@ -118,7 +118,8 @@ def spectrum_curve(values: Tensor | None) -> SpectrumCurve | None:
     """
     if values is None:
         return None
-    index, *curves = spectrum_points(values)
+    # Once: each figure read off an accelerator would wait for it.
+    index, *curves = spectrum_points(values.cpu())
     value, energy = (tuple(float(f"{v:.6g}") for v in curve) for curve in curves)
     return SpectrumCurve(index=tuple(index), value=value, energy=energy)
 
