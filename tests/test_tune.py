@@ -55,6 +55,9 @@ def test_searches_and_writes_what_merge_would(task, models, tmp_path):
         assert torch.equal(tensor, load_tensors(out)[name]), name
     assert (out / "monosoup_report.jsonl").exists() is (made["merge_method"] == "monosoup")
     assert held["written"] == pytest.approx(chosen["scores"], rel=1e-5)
+    page = (out / "monosoup_report.html").read_text("utf-8")
+    assert f"chosen among {len(trials)} trials of a search: {chosen['name']} (" in page
+    assert str(tmp_path) not in page
     assert "the written model scores" not in output
     table = output[output.index("trial ", output.index("trial 3 of 3")) :]
     assert sum("CHOSEN" in line for line in output.splitlines()) == 1

@@ -10,6 +10,7 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_monosoup.cli.failure import reported_errors
+from mergekit_monosoup.cli.html import html_option, write_html
 from mergekit_monosoup.cli.on_ray import ray_options
 from mergekit_monosoup.cluster.connection import RayOptions
 
@@ -108,6 +109,7 @@ class _Size(click.ParamType[int]):
 @click.option("--resume", is_flag=True, help="Go on with the search in OUT.tune; repeats nothing.")
 @click.option("--restart", is_flag=True, help="Delete the search in OUT.tune and begin again.")
 @click.option("--overwrite", is_flag=True, help="Replace what OUT holds once the search is done.")
+@html_option
 @click.option("--force-base", is_flag=True, help="Merge although the values say that the base is none.")
 @ray_options
 @add_merge_options
@@ -129,6 +131,7 @@ def tune(
     resume: bool,
     restart: bool,
     overwrite: bool,
+    html: Path | None,
     force_base: bool,
     cluster: RayOptions | None,
     merge_options: MergeOptions,
@@ -183,6 +186,10 @@ def tune(
             RunOptions(force_base=force_base, ray=cluster),
             progress=(lambda _: None) if quiet else (lambda line: click.echo(line, err=True)),
         )
+        if html is not None:
+            from mergekit_monosoup.report.page.folder import page_of
+
+            write_html(page_of(out_path), html, quiet=quiet)
     if not quiet:
         click.echo(table(result.outcome, parsed, result.holdout, result.intervals))
         click.echo(f"\nWrote {out_path}; {verdict(result.outcome)}")

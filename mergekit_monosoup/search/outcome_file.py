@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mergekit_monosoup.report.page.front import FILE_NAME
 from mergekit_monosoup.report.versions import installed_version, versions
 from mergekit_monosoup.search.intervals import Interval
 from mergekit_monosoup.search.scores import Keep, Score
 from mergekit_monosoup.search.tuning import Outcome
 
-FILE_NAME = "tune.json"
+__all__ = ["FILE_NAME", "Held", "content", "table", "verdict", "write"]
 
 # Scores of one trial by name, of several trials by their index.
 Held = Mapping[int, Mapping[str, float]]

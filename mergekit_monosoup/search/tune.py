@@ -18,6 +18,7 @@ from mergekit_monosoup.checkpoint.output import free_bytes, gigabytes
 from mergekit_monosoup.checkpoint.work_folder import WorkFolder
 from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.merging.run import RunOptions, merge_to_folder
+from mergekit_monosoup.report.page.folder import write_page_into
 from mergekit_monosoup.search import outcome_file
 from mergekit_monosoup.search.bench import Bench, as_yaml
 from mergekit_monosoup.search.candidates import Candidates, Models
@@ -189,6 +190,7 @@ def _tuned(
         describe(work / _CHOSEN, place.out.name, outcome, tune.scores, holdout, sure)
     held = outcome_file.content(outcome, tune.scores, keep, tune.seed, written, holdout, sure)
     outcome_file.write(work / _CHOSEN / outcome_file.FILE_NAME, held)
+    write_page_into(work / _CHOSEN, place.out.name)
     place.path.rmdir()
     shutil.move(work / _CHOSEN, place.path)
     return Tuned(outcome, written, holdout, sure)
