@@ -84,7 +84,9 @@ def _pages(package: str, work: Path) -> list[tuple[str, str]]:
 
 
 def _plain(page: str) -> str:
-    lines = [_ESCAPE.sub("", _MACRO.sub("", line)) for line in page.splitlines() if not line.startswith('.\\"')]
+    lines = [
+        _ESCAPE.sub("", _MACRO.sub("", line)) for line in page.splitlines() if not line.startswith('.\\"')
+    ]
     return "\n".join(line for line in lines if line.strip())
 
 

@@ -1,0 +1,97 @@
+"""Run the study of real pretrained models, or the part of it that is missing.
+
+python -m benchmarks.real_models [--work FOLDER] [--only NAME] [--short] [--report-only]
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+import torch
+import transformers
+
+from benchmarks.common import machine
+from benchmarks.real_models import sources
+from benchmarks.real_models.edits import Pair, candidates
+from benchmarks.real_models.learning import PIECES, Piece, Size, bits, finetune, windows_of
+from benchmarks.real_models.report import write_report
+from benchmarks.robustness.store import write_json
+
+HERE = Path(__file__).parent
+SHORT = Size(length=64, batch=2, windows=2)
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path), default=Path(".study/real"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Of results and page. [default: this folder]")
+@click.option("--only", multiple=True, metavar="NAME", help="These pieces.")
+@click.option(
+    "--short", is_flag=True, help="A check in minutes that everything runs; its numbers mean little."
+)
+@click.option("--report-only", is_flag=True, help="Write the page from the results there are.")
+def main(work: Path, out: Path | None, only: tuple[str, ...], short: bool, report_only: bool) -> None:
+    """Run the pieces that have no result, in the order of their worth, and write the page."""
+    out = out or (work / "short" if short else HERE)
+    pieces = [piece for piece in PIECES if not only or piece.name in only]
+    if short:
+        pieces = [Piece(piece.domain, piece.rate, steps=2) for piece in pieces[:1]]
+    for piece in [] if report_only else pieces:
+        file = out / "results" / f"{piece.name}.json"
+        if not file.exists():
+            run_piece(piece, work, file, SHORT if short else Size(), short)
+            write_report(out)
+    write_report(out)
+
+
+def run_piece(piece: Piece, work: Path, file: Path, size: Size, short: bool = False) -> None:
+    """Fine-tune once, score all candidates, and write the result."""
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        click.echo(f"{piece.name}, {time.monotonic() - began:.0f} s: {text}", err=True)
+
+    folder = sources.base_model(work)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    names = (piece.domain, sources.VALIDATION, *sources.TEST)
+    domains = {name: windows_of(sources.text(name, "test", work), tokenizer, size) for name in names}
+    base = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    kept = work / "checkpoints" / f"{piece.name}{'-short' * short}.pt"
+    if kept.exists():
+        early, tuned = torch.load(kept, weights_only=True)
+    else:
+        training = sources.text(piece.domain, "train", work)[:4_000_000]
+        tokens = torch.tensor(tokenizer(training)["input_ids"])
+        early, tuned = finetune(model, tokens, piece, size, say)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((early, tuned), kept)
+    trained = time.monotonic() - began
+    rows = []
+
+    def score(label: str, family: str, weights: dict[str, torch.Tensor], alpha: float | None = None) -> None:
+        model.load_state_dict(weights)
+        rows.append({"label": label, "family": family, "alpha": alpha, "bits": bits(model, domains)})
+        say(label)
+
+    score("base", "ends", base, 0.0)
+    score("fine-tuned", "ends", tuned, 1.0)
+    for candidate in candidates(Pair(base, tuned, early), short):
+        score(candidate.label, candidate.family, candidate.make(), candidate.alpha)
+    content = {
+        "piece": vars(piece),
+        "short": short,
+        "in_distribution": piece.domain,
+        "validation": sources.VALIDATION,
+        "test": list(sources.TEST),
+        "bytes": {name: list(windows.sizes) for name, windows in domains.items()},
+        "rows": rows,
+        "seconds": {"training": round(trained), "all": round(time.monotonic() - began)},
+        "machine": machine(),
+    }
+    write_json(file, content)
+
+
+if __name__ == "__main__":
+    main()
