@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from mergekit_monosoup.cli.failure import reported_errors
+from mergekit_monosoup.cli.html import html_option, write_html
 from mergekit_monosoup.cli.on_ray import ray_options
 from mergekit_monosoup.cluster.connection import RayOptions
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 @click.option("--filter", "part", default="", metavar="TEXT", help="Only tensors whose name contains TEXT.")
 @click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Folder for PNG figures.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a report.")
+@html_option
 @click.option("--device", default="cpu", show_default=True, help="Where to decompose.")
 @click.option("--cache-dir", help="Where Hub models are downloaded to.")
 @ray_options
@@ -62,6 +64,7 @@ def inspect(
     part: str,
     plot: Path | None,
     json_file: Path | None,
+    html: Path | None,
     device: str,
     cache_dir: str | None,
     cluster: RayOptions | None,
@@ -79,6 +82,7 @@ def inspect(
     from mergekit_monosoup.merging.progress import progress
     from mergekit_monosoup.report.inputs import InputHashes
     from mergekit_monosoup.report.recorder import Recorder, new_header
+    from mergekit_monosoup.report.schema import InputModel
     from mergekit_monosoup.spectral.split import Split
 
     with reported_errors():
@@ -110,6 +114,14 @@ def inspect(
                 click.echo(f"Wrote {file}")
             if not written:
                 click.echo("warning: no figure drawn; the updates hold nothing to draw", err=True)
+        if html is not None:
+            from mergekit_monosoup.report.page.content import merge_page
+            from mergekit_monosoup.report.page.public import public_name
+
+            inputs = tuple(InputModel(model=name, role=role) for name, role, _ in models)
+            header = recorder.header.model_copy(update={"inputs": recorder.header.inputs or inputs})
+            title = " and ".join(public_name(name) for name in finetuned)
+            write_html(merge_page(header, recorder.records, title), html)
     if json_file is not None:
         click.echo(f"Wrote {json_file}")
 
