@@ -6,6 +6,7 @@
 #   make lint   ruff and mypy
 #   make docs   write docs/cli.md anew
 #   make site   the documentation as a website, into site/
+#   make dist   wheel and source distribution into dist/, checked as PyPI does
 #   make bench  all benchmarks, some twenty minutes, into benchmarks/RESULTS.md
 #   make study  the robustness study, up to an hour, into benchmarks/robustness/RESULTS.md
 #   make study-short  the same in minutes, below .study/: a check that it runs
@@ -19,10 +20,10 @@ BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest lint format docs site bench study study-short clean
+.PHONY: help demo test test-lowest lint format docs site dist bench study study-short clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,14p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,15p'
 
 demo: $(VENV)/.test
 	$(BIN)/python examples/demo.py
@@ -53,6 +54,11 @@ docs: $(VENV)/.test
 # Fails on a link or an anchor that leads nowhere. The variable silences a notice about another project.
 site: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 # One after the other: they share the machine with nothing, least of all with each other.
 bench: $(VENV)/.test
