@@ -10,57 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergekit_monosoup.cli.edit_options import Rank, edit_options
 from mergekit_monosoup.cli.failure import reported_errors
 
 if TYPE_CHECKING:
     from mergekit_monosoup.lora.editing import AdapterOptions, ModuleRecord
 
 
-class _Rank(click.ParamType):  # type: ignore[type-arg]
-    """An integer, a share of the energy, or `auto`."""
-
-    name = "R|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str) or value == "auto":
-            return value
-        try:
-            return int(value)
-        except ValueError:
-            pass
-        try:
-            return float(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number nor 'auto'", param, ctx)
-
-
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--energy", type=float, help="Fixed energy threshold in (0, 1]; left out: effective rank.")
-@click.option(
-    "--split",
-    type=click.Choice(["effective_rank", "energy", "donoho_gavish"]),
-    help="Rule for the split; `energy` alone: 0.8. Factors have no noise, so donoho_gavish keeps everything.",
-)
-@click.option(
-    "--threshold-scale",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Factor on the Donoho-Gavish threshold.",
-)
-@click.option(
-    "--mixing",
-    type=click.Choice(["monosoup", "decay", "alignment", "uniform", "high", "low"]),
-    default="monosoup",
-    show_default=True,
-    help="MonoSoup, or one of its ablations.",
-)
-@click.option("--alpha", type=float, default=1.0, show_default=True, help="Wise-FT factor on the update.")
+@edit_options
 @click.option(
     "--rank",
-    type=_Rank(),
+    type=Rank(),
     metavar="[R|auto]",
     help="Write a smaller adapter: of this rank, keeping this share of the energy (0.95), or `auto` for the "
     "split index of each module. Left out: the rank of the input; for several adapters, the sum.",
