@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mergekit_monosoup.checkpoint.lineage import Relation
 from mergekit_monosoup.report.measure import edit_fields
-from mergekit_monosoup.report.schema import SpectrumCurve, TensorRecord
-from mergekit_monosoup.spectral.analysis import Analysis, spectrum_points
+from mergekit_monosoup.report.schema import TensorRecord
+from mergekit_monosoup.spectral.analysis import Analysis
 from mergekit_monosoup.spectral.mixing import Mixing
 from mergekit_monosoup.spectral.split import EFFECTIVE_RANK, Split
 
@@ -36,15 +36,6 @@ class Looked:
 
     record: TensorRecord
     relations: tuple[tuple[str, Relation | None], ...] = ()
-
-
-def curve(analysis: Analysis | None) -> SpectrumCurve | None:
-    """Return the spectrum of an update as a report has it; None where there is none."""
-    if analysis is None or not analysis.singular_values:
-        return None
-    # Of a stack of experts, the first one stands for all.
-    index, value, energy = spectrum_points(analysis.singular_values[0])
-    return SpectrumCurve(index=tuple(index), value=tuple(value), energy=tuple(energy))
 
 
 def sweep(analysis: Analysis | None) -> dict[str, dict[str, float]]:

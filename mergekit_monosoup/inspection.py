@@ -23,7 +23,7 @@ from mergekit_monosoup.checkpoint.pinned import pinned, revisions_of
 from mergekit_monosoup.checkpoint.scales import is_scale, scale_name
 from mergekit_monosoup.cluster.connection import RayOptions
 from mergekit_monosoup.errors import NonFiniteError, ShapeMismatchError
-from mergekit_monosoup.inspected import Looked, Question, curve, short_names, sweep
+from mergekit_monosoup.inspected import Looked, Question, short_names, sweep
 from mergekit_monosoup.lora.adapted import AdaptedLoader, adapted_loader
 from mergekit_monosoup.lora.exact import same_base, update_of
 from mergekit_monosoup.merging.room import Room
@@ -221,7 +221,6 @@ class Inspection:
             edit=analysis.record if analysis else None,
             update_norm=frobenius_norm(mean),
             method="inspect",
-            spectrum=curve(analysis),
             sweep=sweep(analysis),
             cosines=self._cosines(updates),
         )

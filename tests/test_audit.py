@@ -19,7 +19,7 @@ from test_plan import merged, planned
 
 from mergekit_monosoup.cli import main
 from mergekit_monosoup.merging.progress import progress
-from mergekit_monosoup.report.figures import by_change, change, place
+from mergekit_monosoup.report.figures import Place, by_change, change, place
 from mergekit_monosoup.report.reader import read_report
 from mergekit_monosoup.report.schema import TensorRecord
 from mergekit_monosoup.spectral.analysis import analyse_update
@@ -185,7 +185,7 @@ class TestFigures:
         file = tmp_path / "inspect.jsonl"
         assert run("inspect", *models.folders, "--json", file, "--quiet").exit_code == 0
         written = write_plots(read_report(file).records, tmp_path / "plots")
-        names = ["singular_values", "coefficients", "energy_by_rank", "relative_update", "cosines"]
+        names = ["singular_values", "energy_by_rank", "coefficients", "relative_update", "cosines"]
         assert [path.stem for path in written] == names
         for path in written:
             picture = imread(path)[..., :3]
@@ -197,7 +197,13 @@ class TestFigures:
         assert not (tmp_path / "none").exists()
 
     def test_places(self):
-        assert place("model.layers.12.mlp.up_proj.weight") == place("layers.12.x.up_proj.weight")
+        assert place("model.layers.12.mlp.up_proj.weight") == Place(12, "mlp.up_proj", "model.layers")
+        assert place("layers.12.mlp.experts.3.up_proj.weight") == Place(12, "mlp.experts.up_proj", "layers")
+        # Two attentions of one block, and two stacks of blocks, are told apart.
+        t5 = "decoder.block.1.layer.{}.{}.q.weight"
+        own, cross = (place(t5.format(i, n)) for i, n in enumerate(("SelfAttention", "EncDecAttention")))
+        assert (own.layer, own.stack) == (cross.layer, cross.stack) == (1, "decoder.block")
+        assert own.module != cross.module
         assert (place("lm_head.weight").layer, place("lm_head.weight").module) == (None, "lm_head")
         assert place("h.3.attn.c_attn.weight").layer == 3
 

@@ -32,7 +32,10 @@ from huggingface_hub import ModelCard
 
 pytestmark = pytest.mark.usefixtures("registered", "one_thread")
 
-OURS = {"README.md", "mergekit_config.yml", "monosoup_report.jsonl", "model.safetensors", "config.json"}
+OURS = {"README.md", "mergekit_config.yml", "monosoup_report.jsonl", "monosoup_report.html"} | {
+    "model.safetensors",
+    "config.json",
+}
 
 
 @pytest.fixture

@@ -67,6 +67,11 @@ def test_records_are_true(tmp_path, family):
         assert record.p_k == pytest.approx(energies[:k].sum(), rel=1e-4)
         assert record.cos_alpha == pytest.approx(low, rel=1e-3)
         assert record.rho == pytest.approx(rho, rel=1e-3)
+        curve = record.spectrum
+        assert (curve.index[0], curve.index[-1]) == (1, record.r)
+        picked = np.array(curve.index) - 1
+        assert curve.value == pytest.approx((s / s[0])[picked], rel=1e-3, abs=1e-4)
+        assert curve.energy == pytest.approx(np.cumsum(energies)[picked], rel=1e-4)
         assert record.lambda_low == pytest.approx(rho + (1 - rho) * low, rel=1e-3)
         assert record.lambda_high == pytest.approx(1 - record.lambda_low)
 

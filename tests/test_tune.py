@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 
@@ -13,75 +12,16 @@ import torch
 import yaml
 from checkpoints import load_tensors
 from click.testing import CliRunner
-from commands import ROOT, forget_loaders, our_command, recipe, run, write_config
+from commands import ROOT, our_command, run, write_config
 from huggingface_hub import ModelCard, metadata_load
 from safetensors.torch import save_file
+from tuned import GRID, SCRIPT, calls, found, pair_of, tune, write_task
 
 from mergekit_monosoup.cli import main
 from mergekit_monosoup.search.space import default_space
 
-# Distance to a target that lies between the two checkpoints, and noise on it that is the same for the same
-# model; notes every call. With a file `stop`, the process that asks is killed in the middle.
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-import numpy as np
-from safetensors.numpy import load_file
-folder, target = sys.argv[1:]
-# No argument: the content of files that are named is a part of what a score is.
-log = Path(__file__).with_name("calls.txt")
-with open(log, "a") as file:
-    print(Path(target).stem, Path(folder).name, file=file)
-stop = log.with_name("stop")
-if stop.exists() and len(open(log).readlines()) >= int(stop.read_text()):
-    os.kill(os.getppid(), signal.SIGKILL)
-weights, aim = load_file(folder + "/model.safetensors"), load_file(target)
-total = sum(float(((weights[n].astype(np.float64) - aim[n]) ** 2).sum()) for n in aim)
-size = sum(float((aim[n].astype(np.float64) ** 2).sum()) for n in aim)
-print("distance:", 1e3 * (total / size) ** 0.5)
-"""
-GRID = ["Wise-FT 0.3", "Wise-FT 0.5", "Wise-FT 0.7", "Wise-FT 0.9"]
-
-
-@pytest.fixture(scope="module")
-def models(family):
-    found = family("qwen3-tied", "fp32")
-    return found.base, found.tuned[0]
-
-
-@pytest.fixture
-def task(tmp_path, models):
-    """The recipe's file, the options of both scores, and the file that lists their calls."""
-    base, tuned = (load_tensors(folder) for folder in models)
-    generator = torch.Generator().manual_seed(3)
-    script, log = tmp_path / "score.py", tmp_path / "calls.txt"
-    script.write_text(SCRIPT)
-    options = []
-    for name, share in (("id", 0.9), ("ood", 0.4)):
-        aim = {
-            n: w0 + share * (tuned[n] - w0) + 1e-4 * torch.randn(w0.shape, generator=generator)
-            for n, w0 in base.items()
-        }
-        save_file(aim, tmp_path / f"{name}.safetensors")
-        command = f"{sys.executable} {script} {{model}} {tmp_path / name}.safetensors"
-        options += ["--score", f"{name}={command}"]
-    return write_config(tmp_path, recipe(*models)), [*options, "--lower-is-better"], log
-
-
-def tune(file, out, *options, code=0):
-    forget_loaders()
-    result = CliRunner().invoke(main, ["tune", *map(str, (file, out, *options))])
-    forget_loaders()
-    assert result.exit_code == code, result.output
-    return result.output
-
-
-def calls(log):
-    return log.read_text().splitlines() if log.exists() else []
-
-
-def found(out):
-    return json.loads((out / "tune.json").read_text())
+models = pytest.fixture(scope="module")(pair_of)
+task = pytest.fixture(write_task)
 
 
 def test_searches_and_writes_what_merge_would(task, models, tmp_path):
@@ -115,6 +55,9 @@ def test_searches_and_writes_what_merge_would(task, models, tmp_path):
         assert torch.equal(tensor, load_tensors(out)[name]), name
     assert (out / "monosoup_report.jsonl").exists() is (made["merge_method"] == "monosoup")
     assert held["written"] == pytest.approx(chosen["scores"], rel=1e-5)
+    page = (out / "monosoup_report.html").read_text("utf-8")
+    assert f"chosen among {len(trials)} trials of a search: {chosen['name']} (" in page
+    assert str(tmp_path) not in page
     assert "the written model scores" not in output
     table = output[output.index("trial ", output.index("trial 3 of 3")) :]
     assert sum("CHOSEN" in line for line in output.splitlines()) == 1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_monosoup.cli.failure import reported_errors
+from mergekit_monosoup.cli.html import html_option, write_html
 
 if TYPE_CHECKING:
     from mergekit_monosoup.alignment.stored import Alignment
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw into this file (PNG, PDF)."
 )
+@html_option
 @click.option("--device", default="cpu", show_default=True, help="Where to compute.")
 @click.option(
     "--lora-merge-cache", type=click.Path(file_okay=False), help="For adapters that peft has to merge."
@@ -43,6 +45,7 @@ def align(
     layers: Any,
     as_json: bool,
     plot: Path | None,
+    html: Path | None,
     device: str,
     **loading: Any,
 ) -> None:
@@ -72,6 +75,10 @@ def align(
         names = _short_names(checkpoints)
         if plot is not None:
             align_plot.draw(summary, names, plot)
+        if html is not None:
+            from mergekit_monosoup.report.page.alignment import alignment_page
+
+            write_html(alignment_page(base, names, threshold, alignment, summary), html, quiet=as_json)
     if as_json:
         click.echo(json.dumps(_as_json(base, checkpoints, threshold, alignment, summary), indent=2))
     else:
@@ -163,7 +170,8 @@ def _table(header: list[str], rows: list[tuple[str, list[float]]]) -> list[str]:
 
 
 def _cell(value: float) -> str:
-    return f"{'none':>10}" if math.isnan(value) else f"{value:>10.4f}"
+    # Minus zero is zero.
+    return f"{'none':>10}" if math.isnan(value) else f"{round(value, 4) + 0.0:>10.4f}"
 
 
 def _as_json(

@@ -43,7 +43,7 @@ def _heat_map(axes: Any, figure: Figure, summary: AlignmentSummary, names: list[
         for j, value in enumerate(row):
             # White on the dark ends of the colour map.
             color = "white" if abs(value) > 0.6 else "black"
-            label = "none" if math.isnan(value) else f"{value:.2f}"
+            label = "none" if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"
             axes.text(j, i, label, ha="center", va="center", color=color)
     axes.set_title("Average cosine of the updates")
     figure.colorbar(image, ax=axes, shrink=0.85)
@@ -56,7 +56,7 @@ def _histogram(axes: Any, summary: AlignmentSummary, names: list[str]) -> None:
         return
     low, high = min(everything), max(everything)
     margin = max(0.02, 0.05 * (high - low))
-    bounds = (low - margin, high + margin)
+    bounds = (max(-1.0, low - margin), min(1.0, high + margin))
     if len(summary.pairs) <= _MOST_PAIRS:
         for (i, j), values in summary.pairs.items():
             label = f"{names[i]}, {names[j]}"
@@ -70,5 +70,6 @@ def _histogram(axes: Any, summary: AlignmentSummary, names: list[str]) -> None:
         axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("cosine of two updates, one tensor each")
     axes.set_ylabel("tensors")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     pairs = len(summary.pairs)
     axes.set_title("Spread over the tensors" + (f", all {pairs} pairs" if pairs > _MOST_PAIRS else ""))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from mergekit_monosoup.cli.failure import reported_errors
+from mergekit_monosoup.cli.html import html_option, write_html
 from mergekit_monosoup.cli.on_ray import ray_options
 from mergekit_monosoup.cluster.connection import RayOptions
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("base")
-@click.argument("finetuned", nargs=-1, required=True)
+@click.argument("base", metavar="BASE|ADAPTER")
+@click.argument("finetuned", nargs=-1)
 @click.option(
     "--energy",
     "energies",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 @click.option("--filter", "part", default="", metavar="TEXT", help="Only tensors whose name contains TEXT.")
 @click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Folder for PNG figures.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a report.")
+@html_option
 @click.option("--device", default="cpu", show_default=True, help="Where to decompose.")
 @click.option("--cache-dir", help="Where Hub models are downloaded to.")
 @ray_options
@@ -62,6 +64,7 @@ def inspect(
     part: str,
     plot: Path | None,
     json_file: Path | None,
+    html: Path | None,
     device: str,
     cache_dir: str | None,
     cluster: RayOptions | None,
@@ -72,13 +75,29 @@ def inspect(
 
     BASE and FINETUNED are folders or Hub ids. Several fine-tuned checkpoints are averaged first, and the
     cosines between their updates are reported.
+
+    With ADAPTER alone, a PEFT adapter or a .safetensors file of LoRA factors, its modules are analysed: their
+    effective rank against the nominal one, and what a smaller rank would lose.
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
+    if not finetuned:
+        from mergekit_monosoup.cli.inspect_adapter import inspect_adapter
+        from mergekit_monosoup.inspected import Question
+        from mergekit_monosoup.spectral.split import Split
+
+        if cluster is not None:
+            raise click.UsageError("an adapter is looked at in this process; leave --ray out")
+        with reported_errors():
+            rule = Split("donoho_gavish" if dg_hard else split, threshold_scale=threshold_scale)
+            asked = Question(energies, split=rule, mixing="high" if dg_hard else "monosoup")
+            inspect_adapter(base, asked, part, plot, json_file, html, quiet)
+        return
     from mergekit_monosoup.inspected import Question
     from mergekit_monosoup.inspection import Inspection
     from mergekit_monosoup.merging.progress import progress
     from mergekit_monosoup.report.inputs import InputHashes
     from mergekit_monosoup.report.recorder import Recorder, new_header
+    from mergekit_monosoup.report.schema import InputModel
     from mergekit_monosoup.spectral.split import Split
 
     with reported_errors():
@@ -103,15 +122,28 @@ def inspect(
                     recorder.add(record)
         _tell(inspection, recorder.records, energies, quiet)
         if plot is not None:
-            from mergekit_monosoup.report.plots import write_plots
+            draw(recorder.records, plot)
+        if html is not None:
+            from mergekit_monosoup.report.page.content import merge_page
+            from mergekit_monosoup.report.page.public import public_name
 
-            written = write_plots(recorder.records, plot)
-            for file in written:
-                click.echo(f"Wrote {file}")
-            if not written:
-                click.echo("warning: no figure drawn; the updates hold nothing to draw", err=True)
+            inputs = tuple(InputModel(model=name, role=role) for name, role, _ in models)
+            header = recorder.header.model_copy(update={"inputs": recorder.header.inputs or inputs})
+            title = " and ".join(public_name(name) for name in finetuned)
+            write_html(merge_page(header, recorder.records, title), html)
     if json_file is not None:
         click.echo(f"Wrote {json_file}")
+
+
+def draw(records: list[TensorRecord], folder: Path) -> None:
+    """Draw the figures of records and say which files there are."""
+    from mergekit_monosoup.report.plots import write_plots
+
+    written = write_plots(records, folder)
+    for file in written:
+        click.echo(f"Wrote {file}")
+    if not written:
+        click.echo("warning: no figure drawn; the updates hold nothing to draw", err=True)
 
 
 def _tell(

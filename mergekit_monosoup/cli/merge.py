@@ -20,7 +20,10 @@ from mergekit_monosoup.cluster.connection import RayOptions
 @click.option("--restart", is_flag=True, help="Delete what an interrupted merge has left, and begin again.")
 @click.option("--force-base", is_flag=True, help="Merge although the values say that the base is none.")
 @click.option(
-    "--report/--no-report", default=True, show_default=True, help="Write monosoup_report.jsonl (our methods)."
+    "--report/--no-report",
+    default=True,
+    show_default=True,
+    help="Write monosoup_report.jsonl, and monosoup_report.html to look at (our methods).",
 )
 @click.option(
     "--files-from",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_monosoup.cli.failure import reported_errors
+from mergekit_monosoup.cli.html import html_option, write_html
 
 if TYPE_CHECKING:
     from mergekit_monosoup.report.schema import TensorRecord
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     "--by", default="lambda_high", show_default=True, help="Field by which two reports are compared."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the selected records as JSON lines.")
+@html_option
 def report(
     file: Path,
     other: Path | None,
@@ -42,8 +44,9 @@ def report(
     limit: int | None,
     by: str,
     as_json: bool,
+    html: Path | None,
 ) -> None:
-    """Print the report FILE as a table, or compare it with the report OTHER.
+    """Print the report FILE as a table, compare it with the report OTHER, or make a page of it.
 
     Each may be a monosoup_report.jsonl or a folder that holds one.
     """
@@ -58,6 +61,14 @@ def report(
         summary,
     )
 
+    if html is not None:
+        if other is not None:
+            raise click.UsageError("--html makes the page of one report; leave out OTHER")
+        with reported_errors():
+            from mergekit_monosoup.report.page.folder import page_of
+
+            write_html(page_of(file), html)
+        return
     with reported_errors():
         conditions = [condition(text) for text in filters]
 

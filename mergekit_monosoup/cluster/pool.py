@@ -27,7 +27,14 @@ class Pool:
     """As many workers as a cluster has room for; `connected` is around all of it."""
 
     def __init__(
-        self, kind: type, arguments: Sequence[Any], options: RayOptions, *, most: int, on_gpu: bool
+        self,
+        kind: type,
+        arguments: Sequence[Any],
+        options: RayOptions,
+        *,
+        most: int,
+        on_gpu: bool,
+        in_flight: int = IN_FLIGHT,
     ) -> None:
         """Start the workers; they are created while the first jobs wait for them.
 
@@ -37,6 +44,7 @@ class Pool:
             options: what a worker takes of the cluster.
             most: workers, where there is room for more.
             on_gpu: whether a worker takes a GPU where the options do not say.
+            in_flight: jobs that a worker has at a time.
 
         Raises:
             ConfigurationError: there is room for none.
@@ -49,8 +57,9 @@ class Pool:
         count = _room(ray.cluster_resources(), cpus, gpus)
         # Every lost worker is started again, and what it had is done again.
         remote = ray.remote(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1, max_concurrency=IN_FLIGHT
+            num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1, max_concurrency=in_flight
         )(kind)
+        self._in_flight = in_flight
         self._workers = [remote.remote(*arguments) for _ in range(max(1, min(count, most)))]
 
     @property
@@ -76,7 +85,7 @@ class Pool:
                 flying[getattr(worker, method).remote(*arguments)] = worker
                 return
 
-        for _ in range(IN_FLIGHT):
+        for _ in range(self._in_flight):
             for worker in self._workers:
                 fill(worker)
         while flying:
@@ -101,6 +110,12 @@ class Pool:
             raise OutputError(f"a worker failed: {cause or error}") from error
         except self._ray.exceptions.RayActorError as error:
             raise OutputError(f"the workers cannot be started: {error}") from error
+
+    def on_all(self, method: str) -> None:
+        """Call a method of every worker, and wait for all; a worker that is lost meanwhile is left out."""
+        for reference in [getattr(worker, method).remote() for worker in self._workers]:
+            with suppress(self._ray.exceptions.RayError):
+                self._ray.get(reference)
 
     def close(self) -> None:
         """Let the workers go."""

@@ -81,7 +81,7 @@ def _carried_over(source: Path) -> dict[str, Any]:
 
 
 def _figures(folder: Path, records: Sequence[TensorRecord]) -> list[Path]:
-    """Draw what can be drawn; relative paths of the pictures, none without matplotlib."""
+    """Draw all but spectra, which the page has; relative paths of the pictures, none without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         LOG.info(
             "matplotlib is not installed, so the card has no figures; pip install mergekit-monosoup[plot]"
@@ -89,5 +89,5 @@ def _figures(folder: Path, records: Sequence[TensorRecord]) -> list[Path]:
         return []
     from mergekit_monosoup.report.plots import write_plots
 
-    written = write_plots(records, folder / FIGURES)
+    written = write_plots(records, folder / FIGURES, spectra=False)
     return [path.relative_to(folder) for path in written]

@@ -36,6 +36,8 @@ from mergekit_monosoup.merging.report import merge_recorder
 from mergekit_monosoup.merging.units import Unit, by_input, is_out_of_memory, out_of_memory
 from mergekit_monosoup.merging.writer import PickleWriter, Writer
 from mergekit_monosoup.planning.plan import Plan, PlanOptions, make_plan
+from mergekit_monosoup.report.page.content import merge_page
+from mergekit_monosoup.report.page.render import PAGE_NAME, write_page
 from mergekit_monosoup.report.recorder import Recorder
 from mergekit_monosoup.report.schema import TensorRecord
 from mergekit_monosoup.report.table import remark
@@ -56,7 +58,7 @@ class RunOptions:
         resume: go on with what an interrupted merge has left.
         restart: delete what an interrupted merge has left.
         force_base: merge although the values say that the base is none.
-        report: write `monosoup_report.jsonl` where the method is one of ours.
+        report: write `monosoup_report.jsonl` and the page of it where the method is one of ours.
         ray: where to run the units; absent: in this process.
         files_from: model whose files go beside the weights: `base`, or a folder or Hub id; absent: the first
             fine-tuned one of the recipe.
@@ -261,6 +263,8 @@ class Run:
         note = remark(records)
         if note is not None:
             LOG.warning("%s", note)
+        if self._report:
+            write_page(merge_page(self._recorder.header, records, name), path / PAGE_NAME)
         if options.write_model_card:
             write_card(
                 self._recipe,

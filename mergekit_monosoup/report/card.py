@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mergekit_monosoup.report.figures import by_change
+from mergekit_monosoup.report.page.render import PAGE_NAME
 from mergekit_monosoup.report.reader import FILE_NAME
 from mergekit_monosoup.report.schema import ReportHeader, TensorRecord
 from mergekit_monosoup.report.survival import survival_sentence
@@ -49,7 +50,10 @@ def card_section(header: ReportHeader, records: Sequence[TensorRecord], figures:
     parts = ["### What was done"]
     if header.method in _ABOUT:
         parts.append(_ABOUT[header.method])
-    parts.append(f"{summary(records)} (of computation). All figures by tensor are in `{FILE_NAME}`.")
+    parts.append(
+        f"{summary(records)} (of computation). All figures by tensor are in `{FILE_NAME}`, "
+        f"and to look at in `{PAGE_NAME}`."
+    )
     if (left := survival_sentence([r.edit_survival for r in records])) is not None:
         parts.append(left)
     ranked = by_change(records)

@@ -14,17 +14,37 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the model a tensor lies: its block, and the module's name inside the block."""
+    """Where in the model a tensor lies: its block, and the path of the module inside the block.
+
+    `stack` is the path of the blocks, as `encoder.block`: some models have several of them.
+    """
 
     layer: int | None
     module: str
+    stack: str = ""
 
 
 def place(tensor: str) -> Place:
-    """Read a tensor's place off its name: model.layers.3.mlp.up_proj.weight is up_proj of layer 3."""
+    """Read a tensor's place off its name: model.layers.3.mlp.up_proj.weight is mlp.up_proj of layer 3.
+
+    Numbers behind the block's own, as those of experts, are left out.
+    """
     match = _LAYER.search(f".{tensor}")
-    parts = [part for part in tensor.split(".") if part not in ("weight", "model") and not part.isdigit()]
-    return Place(int(match[1]) if match else None, parts[-1] if parts else tensor)
+    before, inside = (
+        ("", tensor) if match is None else (tensor[: max(match.start() - 1, 0)], tensor[match.end() - 1 :])
+    )
+    parts = [part for part in inside.split(".") if part not in ("weight", "model") and not part.isdigit()]
+    return Place(int(match[1]) if match else None, ".".join(parts) or "weight", before)
+
+
+def module_names(records: Iterable[TensorRecord]) -> dict[str, str]:
+    """Return what the module of each tensor is called, with its stack of blocks where there are several."""
+    places = {record.tensor: place(record.tensor) for record in records}
+    several = len({where.stack for where in places.values() if where.layer is not None}) > 1
+    return {
+        name: f"{where.stack}: {where.module}" if several and where.stack else where.module
+        for name, where in places.items()
+    }
 
 
 def change(record: TensorRecord) -> float | None:

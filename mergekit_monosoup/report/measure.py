@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.report.rounding import storage_dtype, storage_noise
-from mergekit_monosoup.report.schema import ZERO_UPDATE, Action, TensorRecord
+from mergekit_monosoup.report.schema import ZERO_UPDATE, Action, SpectrumCurve, TensorRecord
+from mergekit_monosoup.spectral.analysis import spectrum_points
 from mergekit_monosoup.spectral.record import EditRecord
 
 # Entries that are widened at a time: on a processor, few enough for its cache.
@@ -105,7 +106,22 @@ def edit_fields(edit: EditRecord) -> dict[str, Any]:
         "lambda_high": edit.lambda_high,
         "noise": edit.noise,
         "threshold": edit.threshold,
+        "spectrum": spectrum_curve(edit.matrices[0].values),
     }
+
+
+def spectrum_curve(values: Tensor | None) -> SpectrumCurve | None:
+    """Return a spectrum as a report has it, to six digits; None where there is none.
+
+    Args:
+        values: `[r]`, descending; of a stack of experts, those of the first one stand for all.
+    """
+    if values is None:
+        return None
+    # Once: each figure read off an accelerator would wait for it.
+    index, *curves = spectrum_points(values.cpu())
+    value, energy = (tuple(float(f"{v:.6g}") for v in curve) for curve in curves)
+    return SpectrumCurve(index=tuple(index), value=value, energy=energy)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

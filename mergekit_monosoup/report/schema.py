@@ -116,7 +116,9 @@ class TensorRecord(_Line):
     )
     node: str | None = Field(default=None, description="of the cluster that did it; null in a local run")
     figures: dict[str, Figure] = Field(default_factory=dict, description="of the method's own")
-    spectrum: SpectrumCurve | None = Field(default=None, description="written by `inspect`")
+    spectrum: SpectrumCurve | None = Field(
+        default=None, description="of a stack of experts, that of the first; null where none was decomposed"
+    )
     sweep: dict[str, dict[str, Figure]] = Field(
         default_factory=dict, description="written by `inspect --energy`: the split at other R"
     )

@@ -11,7 +11,7 @@ from mergekit_monosoup.errors import ParameterError
 from mergekit_monosoup.report.schema import ACTIONS, ZERO_UPDATE, TensorRecord
 
 # Column -> (heading, how a value is written).
-_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "action": ("action", str),
     "shape": ("shape", lambda v: "x".join(map(str, v))),
     "dtype": ("dtype", str),
@@ -47,7 +47,7 @@ DEFAULT_COLUMNS = (
     "edit_survival",
     "reason",
 )
-SORTABLE = ("tensor", *(name for name in _COLUMNS if name != "shape"))
+SORTABLE = ("tensor", *(name for name in COLUMNS if name != "shape"))
 COMPARABLE = (
     "k",
     "p_k",
@@ -69,7 +69,7 @@ def natural_key(name: str) -> tuple[object, ...]:
 
 def field_of(name: str) -> str:
     """Return the field of a record that a name stands for: its own, or the heading of its column."""
-    return next((field for field, (heading, _) in _COLUMNS.items() if name == heading), name)
+    return next((field for field, (heading, _) in COLUMNS.items() if name == heading), name)
 
 
 def sorted_records(
@@ -143,8 +143,8 @@ def records_table(records: Sequence[TensorRecord], columns: Sequence[str] = DEFA
     """
     columns = [field_of(name) for name in columns]
     for name in columns:
-        if name not in _COLUMNS and name != "tensor":
-            known = ", ".join(("tensor", *_COLUMNS))
+        if name not in COLUMNS and name != "tensor":
+            known = ", ".join(("tensor", *COLUMNS))
             raise ParameterError(f"no column {name!r}; choose from {known}, or the headings of the table")
     # Every row begins with its tensor.
     shown = [
@@ -153,18 +153,22 @@ def records_table(records: Sequence[TensorRecord], columns: Sequence[str] = DEFA
         if name != "tensor" and any(getattr(r, name) not in (None, "") for r in records)
     ]
     rows = [
-        [r.tensor, *("-" if (v := getattr(r, c)) is None else _COLUMNS[c][1](v) for c in shown)]
+        [r.tensor, *("-" if (v := getattr(r, c)) is None else COLUMNS[c][1](v) for c in shown)]
         for r in records
     ]
-    return text_table(["tensor", *(_COLUMNS[c][0] for c in shown)], rows)
+    return text_table(["tensor", *(COLUMNS[c][0] for c in shown)], rows)
+
+
+def counted(records: Sequence[TensorRecord]) -> str:
+    """Return how many tensors a report has, by what was done with them."""
+    counts = Counter("without update" if r.reason == ZERO_UPDATE else r.action for r in records)
+    listed = ", ".join(f"{counts[what]} {what}" for what in (*ACTIONS, "without update") if counts[what])
+    return f"{len(records)} tensors: {listed or 'none'}"
 
 
 def summary(records: Sequence[TensorRecord]) -> str:
     """Return the totals of a report in a line."""
-    counts = Counter("without update" if r.reason == ZERO_UPDATE else r.action for r in records)
-    seconds = sum(r.seconds or 0 for r in records)
-    listed = ", ".join(f"{counts[what]} {what}" for what in (*ACTIONS, "without update") if counts[what])
-    return f"{len(records)} tensors: {listed or 'none'}; {seconds:.1f} s"
+    return f"{counted(records)}; {sum(r.seconds or 0 for r in records):.1f} s"
 
 
 def remark(records: Sequence[TensorRecord]) -> str | None:
@@ -203,11 +207,11 @@ def comparison_table(
         if x == y and actions[0] == actions[1]:
             continue
         change = y - x if x is not None and y is not None else None
-        write = _COLUMNS[field][1]
+        write = COLUMNS[field][1]
         cells = [name, *actions, *("-" if v is None else write(v) for v in (x, y))]
         rows.append((abs(change or 0.0), [*cells, "-" if change is None else f"{change:+.3g}"]))
     rows.sort(key=lambda row: -row[0])
-    heading = _COLUMNS[field][0]
+    heading = COLUMNS[field][0]
     heads = ["tensor", "action 1", "action 2", f"{heading} 1", f"{heading} 2", "change"]
     return text_table(heads, [cells for _, cells in rows]), len(rows)
 

@@ -1,33 +1,26 @@
-"""Candidates of one recipe as folders that commands can score."""
+"""Which candidates a recipe gives without any edit, and the scores of candidates."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_monosoup.checkpoint.headers import read_folder
 from mergekit_monosoup.errors import ConfigurationError
-from mergekit_monosoup.merging.in_memory import merge_in_memory
 from mergekit_monosoup.merging.opened import finetuned_models
-from mergekit_monosoup.merging.run import RunOptions, merge_to_folder
-from mergekit_monosoup.search.evaluation import digest_of_model
-from mergekit_monosoup.search.functions import FunctionEvaluation, Loaded
+from mergekit_monosoup.search.bench import Bench
+from mergekit_monosoup.search.evaluation import Measured, digest_of_model
 from mergekit_monosoup.search.journal import Journal
-from mergekit_monosoup.search.parts_on_disk import PartsOnDisk
 from mergekit_monosoup.search.scores import Score
 from mergekit_monosoup.search.space import Space
 from mergekit_monosoup.search.tuning import GRID, Candidate, key_of
 
-_CANDIDATE = "candidate"
 # Of a recipe, what says which models go in and how they are mixed.
 _MAKING = ("merge_method", "base_model", "models", "slices", "modules", "parameters")
 
@@ -62,15 +55,19 @@ class Models:
         contents = [digest_of_model(model, cache) for model in (self.base, *self.finetuned)]
         return hashlib.sha256("\n".join(contents).encode()).hexdigest()
 
-    def folder(self, options: MergeOptions) -> Path:
-        """Return the folder of the first fine-tuned checkpoint, of the base where that is an adapter."""
-        model = self.finetuned[0] if self.finetuned[0].lora is None else self.base
+    @property
+    def like(self) -> ModelReference:
+        """The first fine-tuned checkpoint, the base where that is an adapter: loaded as candidates are."""
+        return self.finetuned[0] if self.finetuned[0].lora is None else self.base
+
+    @staticmethod
+    def local(model: ModelReference, options: MergeOptions) -> Path:
+        """Return the folder that a model without an adapter lies in."""
         return Path(model.local_path(cache_dir=options.transformers_cache))
 
     def tensors(self, options: MergeOptions) -> list[str]:
         """Return the names of the base's tensors."""
-        folder = Path(self.base.local_path(cache_dir=options.transformers_cache))
-        return sorted(read_folder(str(self.base), folder).tensors)
+        return sorted(read_folder(str(self.base), self.local(self.base, options)).tensors)
 
     def always(self, space: Space) -> list[Candidate]:
         """Return the plain alternatives: base, fine-tuned checkpoints, and Wise-FT between them."""
@@ -98,45 +95,19 @@ class Models:
 
 
 class Candidates:
-    """Makes candidates in a folder, one at a time, and has each scored once for each content."""
+    """Has candidates scored, each once for each content."""
 
-    def __init__(
-        self,
-        work: Path,
-        scores: Sequence[Score],
-        contents: str,
-        options: MergeOptions,
-        parts: PartsOnDisk,
-        run_options: RunOptions,
-        folder: Path,
-    ) -> None:
+    def __init__(self, work: Path, scores: Sequence[Score], contents: str, bench: Bench) -> None:
         """Open the journal in the folder.
 
         Args:
             work: the search's own folder.
             scores: what to score.
             contents: digest of the models; see `Models.digest`.
-            options: mergekit's own.
-            parts: keeps the decompositions.
-            run_options: how each candidate is merged.
-            folder: of a model like the candidates, for functions that score one in memory.
+            bench: makes candidates.
         """
-        self._work, self._scores, self._contents = work, scores, contents
-        self._options = options.model_copy(update={"write_model_card": False, "quiet": True})
-        self._run = RunOptions(
-            overwrite=True,
-            restart=True,
-            force_base=run_options.force_base,
-            report=False,
-            files_from=run_options.files_from,
-            parts=parts,
-        )
+        self._scores, self._contents, self._bench = scores, contents, bench
         self._journal = Journal(work / "journal.jsonl")
-        self._folder = folder
-        self._model: Loaded | None = None
-        LoaderCache().setup(options)
-        #: seconds that candidates took to be made, without their evaluation
-        self.making: list[float] = []
 
     def evaluate(self, candidate: Candidate) -> dict[str, float]:
         """Return the scores of a candidate, from the journal where they are known.
@@ -150,46 +121,40 @@ class Candidates:
         self, recipe: Mapping[str, Any], scores: Sequence[Score], folder: Path | None = None
     ) -> dict[str, float]:
         """Return scores of what a recipe makes, which lies in `folder` or is made for it."""
-        place = folder
-        found: dict[str, float] = {}
-        loaded: Loaded | None = None
-        try:
-            for score in scores:
-                written = "" if folder is None else "written"
-                parts = (score.digest, self._contents, written, key_of(recipe))
-                key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-                known = self._journal.score(key)
-                if known is None:
-                    if score.evaluation is None:
-                        raise ConfigurationError(f"score {score.name} has no command")
-                    if folder is None and isinstance(score.evaluation, FunctionEvaluation):
-                        loaded = loaded or self._loaded(recipe)
-                        known = score.evaluation.score_loaded(loaded)
-                    else:
-                        place = place or self._made(recipe)
-                        known = score.evaluation.score(place)
-                    self._journal.add(key, known, name=score.name)
-                found[score.name] = known
-        finally:
-            if folder is None:
-                shutil.rmtree(self._work / _CANDIDATE, ignore_errors=True)
-        return found
+        missing = self.missing(recipe, scores, folder)
+        for score, value in zip(missing, self._bench.measured(recipe, missing, folder), strict=True):
+            self.note(recipe, score, value, folder)
+        return self.known(recipe, scores, folder)
 
-    def _loaded(self, recipe: Mapping[str, Any]) -> Loaded:
-        """Return the model in memory with the weights that a recipe makes; nothing is written."""
-        if self._model is None:
-            self._model = Loaded(self._folder)
-        merge_in_memory(dict(recipe), self._options, self._model.put, self._work, self._run.parts)
-        return self._model
+    def missing(
+        self, recipe: Mapping[str, Any], scores: Sequence[Score], folder: Path | None = None
+    ) -> list[Score]:
+        """Return the scores that the journal does not have of a recipe."""
+        return [s for s in scores if self._journal.score(self._key(recipe, s, folder)) is None]
 
-    def _made(self, recipe: Mapping[str, Any]) -> Path:
-        started = time.monotonic()
-        folder = self._work / _CANDIDATE
-        merge_to_folder(as_yaml(recipe), folder, self._options, self._run)
-        self.making.append(time.monotonic() - started)
-        return folder
+    def known(
+        self, recipe: Mapping[str, Any], scores: Sequence[Score], folder: Path | None = None
+    ) -> dict[str, float]:
+        """Return the scores that the journal has of a recipe, by their names."""
+        found = {s.name: self._journal.score(self._key(recipe, s, folder)) for s in scores}
+        return {name: value for name, value in found.items() if value is not None}
 
+    def items(self, recipe: Mapping[str, Any], score: Score) -> tuple[float, ...]:
+        """Return the scores of items of what a recipe makes, by the journal; empty where it has none."""
+        for folder in (None, Path()):
+            found = self._journal.details(self._key(recipe, score, folder)).get("items")
+            if found:
+                return tuple(map(float, found))
+        return ()
 
-def as_yaml(recipe: Mapping[str, Any]) -> str:
-    """Return a recipe as its file would have it."""
-    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    def note(
+        self, recipe: Mapping[str, Any], score: Score, found: Measured, folder: Path | None = None
+    ) -> None:
+        """Write a score into the journal."""
+        items = {"items": list(found.items)} if found.items else {}
+        self._journal.add(self._key(recipe, score, folder), found.value, name=score.name, **items)
+
+    def _key(self, recipe: Mapping[str, Any], score: Score, folder: Path | None) -> str:
+        written = "" if folder is None else "written"
+        parts = (score.digest, self._contents, written, key_of(recipe))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
+from mergekit_monosoup.search.intervals import Interval
 from mergekit_monosoup.search.outcome_file import FILE_NAME, Held, verdict
 from mergekit_monosoup.search.scores import Score
 from mergekit_monosoup.search.tuning import Outcome
@@ -16,7 +17,14 @@ FRONT = "tune_front.png"
 _BEFORE = "### Configuration"
 
 
-def describe(folder: Path, name: str, outcome: Outcome, scores: Sequence[Score], holdout: Held) -> None:
+def describe(
+    folder: Path,
+    name: str,
+    outcome: Outcome,
+    scores: Sequence[Score],
+    holdout: Held,
+    intervals: Sequence[Interval] = (),
+) -> None:
     """Add the table of trials, the drawn front and the scores as `model-index` to a model's card.
 
     Args:
@@ -25,6 +33,7 @@ def describe(folder: Path, name: str, outcome: Outcome, scores: Sequence[Score],
         outcome: of the search.
         scores: that it went by.
         holdout: what some trials scored on what the search has not seen.
+        intervals: how sure differences are, where scores are of items.
     """
     card = ModelCard.load(folder / "README.md")
     figure = ""
@@ -33,7 +42,9 @@ def describe(folder: Path, name: str, outcome: Outcome, scores: Sequence[Score],
 
         draw_front(folder / FRONT, outcome, scores)
         figure = f"\n![Scores of all trials]({FRONT})\n"
-    section = f"{_section(outcome, scores, holdout)}{figure}\n"
+    sure = "".join(f"- {interval}\n" for interval in intervals)
+    sure = f"\nDifferences with 95 % intervals:\n\n{sure}" if sure else ""
+    section = f"{_section(outcome, scores, holdout)}{sure}{figure}\n"
     before, marker, after = card.text.partition(_BEFORE)
     card.text = f"{before}{section}{marker}{after}" if marker else f"{card.text.rstrip()}\n\n{section}"
     card.data.model_name = name

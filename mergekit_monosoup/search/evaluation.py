@@ -6,6 +6,8 @@ import hashlib
 import math
 import shlex
 import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,22 +19,48 @@ if TYPE_CHECKING:
 PLACEHOLDER = "{model}"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A score, and those of single items where it is their mean."""
+
+    value: float
+    items: tuple[float, ...] = ()
+
+    @classmethod
+    def of_items(cls, items: Sequence[float], source: str) -> Measured:
+        """Return the mean of items.
+
+        Raises:
+            InputError: there are fewer than two, or one is not finite.
+        """
+        if len(items) < 2 or not all(map(math.isfinite, items)):
+            raise InputError(
+                f"{source} must give the finite score of each of at least two items, one a line, for "
+                f"--per-item; it gave {len(items)} numbers"
+            )
+        return cls(math.fsum(items) / len(items), tuple(items))
+
+
 class Evaluation:
     """A command that scores the checkpoint in the folder `{model}` and prints the score last.
+
+    With `per_item`, it prints a score an item, each last in its line, and the score is their mean.
 
     It runs without a shell; for pipes, write `sh -c '...'`.
     """
 
-    def __init__(self, command: str, option: str = "--eval") -> None:
+    def __init__(self, command: str, option: str = "--eval", per_item: bool = False) -> None:
         """Split the command as a shell would.
 
         Args:
             command: the command line.
             option: that gave it, for messages.
+            per_item: whether it prints a score an item.
 
         Raises:
             ParameterError: it is not a command line, or has no `{model}`.
         """
+        self.text, self.option, self.per_item = command, option, per_item
         try:
             self.arguments = shlex.split(command)
         except ValueError as error:
@@ -44,7 +72,7 @@ class Evaluation:
 
     def digest(self) -> str:
         """Return a digest of the command and of the files that its arguments name."""
-        total = hashlib.sha256()
+        total = hashlib.sha256(b"per item" if self.per_item else b"")
         for argument in self.arguments:
             path = Path(argument)
             total.update(_tagged(b"argument", argument.encode()))
@@ -53,7 +81,11 @@ class Evaluation:
         return total.hexdigest()
 
     def score(self, folder: Path) -> float:
-        """Run the command on a checkpoint and return the number that it prints last.
+        """Return the score of a checkpoint; see `measure`."""
+        return self.measure(folder).value
+
+    def measure(self, folder: Path) -> Measured:
+        """Run the command on a checkpoint and return the number that it prints last, or the mean of all.
 
         What it writes to standard error goes to the terminal.
 
@@ -68,14 +100,22 @@ class Evaluation:
             raise InputError(f"cannot run {line}: {error}") from error
         if done.returncode != 0:
             raise InputError(f"{line} ended with status {done.returncode}\n{_tail(done.stdout)}")
+        if self.per_item:
+            ends = [words[-1] for text in done.stdout.splitlines() if (words := text.split())]
+            numbers = [number for word in ends if (number := _number(word)) is not None]
+            return Measured.of_items(numbers, line)
         last = (done.stdout.split() or [""])[-1]
-        try:
-            score = float(last)
-        except ValueError:
-            score = math.nan
-        if not math.isfinite(score):
+        score = _number(last)
+        if score is None or not math.isfinite(score):
             raise InputError(f"{line} must print its score last, a finite number, not {last!r}")
-        return score
+        return Measured(score)
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
 
 
 def digest_of_checkpoint(folder: Path) -> str:

@@ -16,23 +16,48 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup.errors import ConfigurationError, InputError, ParameterError
+from mergekit_monosoup.search.evaluation import Measured
 
 PREFIX = "python:"
 
 
-class FunctionEvaluation:
-    """A function of a loaded model and its tokenizer that returns the score."""
+class InMemory:
+    """What scores a loaded model, so that a candidate need not be written."""
 
-    def __init__(self, text: str, option: str) -> None:
+    text: str
+    option: str
+    per_item: bool
+    #: what the score itself says of its direction, where it does
+    lower_is_better: bool | None = None
+
+    def digest(self) -> str:
+        """Return a digest of what the score depends on besides the model."""
+        raise NotImplementedError
+
+    def measure_loaded(self, loaded: Loaded) -> Measured:
+        """Return the score of a model as it is now."""
+        raise NotImplementedError
+
+    def measure(self, folder: Path) -> Measured:
+        """Return the score of the checkpoint in a folder."""
+        return self.measure_loaded(Loaded(folder))
+
+
+class FunctionEvaluation(InMemory):
+    """A function of a loaded model and its tokenizer that returns the score, or those of items."""
+
+    def __init__(self, text: str, option: str, per_item: bool = False) -> None:
         """Import the function; modules in the current folder are found.
 
         Args:
             text: `python:package.module:function`.
             option: that gave it, for messages.
+            per_item: whether it returns a score an item.
 
         Raises:
             ParameterError: it is of another form, or there is no such function.
         """
+        self.text, self.option, self.per_item = text, option, per_item
         module, colon, name = text.removeprefix(PREFIX).partition(":")
         if not colon or not module or not name:
             raise ParameterError(f"{option}{text} is not of the form python:package.module:function")
@@ -46,7 +71,7 @@ class FunctionEvaluation:
         if not callable(found):
             raise ParameterError(f"{option}{text} is no function")
         self.arguments = [text]
-        self._function: Callable[[Any, Any], float] = found
+        self._function: Callable[[Any, Any], Any] = found
 
     def digest(self) -> str:
         """Return a digest of the function's name and of the file that defines it."""
@@ -54,27 +79,30 @@ class FunctionEvaluation:
             source = Path(inspect.getfile(self._function)).read_bytes()
         except (TypeError, OSError):
             source = b""
-        return hashlib.sha256(self.arguments[0].encode() + b"\n" + source).hexdigest()
+        how = b"per item" if self.per_item else b""
+        return hashlib.sha256(how + self.arguments[0].encode() + b"\n" + source).hexdigest()
 
-    def score(self, folder: Path) -> float:
-        """Return the score of the checkpoint in a folder."""
-        return self.score_loaded(Loaded(folder))
-
-    def score_loaded(self, loaded: Loaded) -> float:
+    def measure_loaded(self, loaded: Loaded) -> Measured:
         """Return the score of a model as it is now.
 
         Raises:
-            InputError: it is not a finite number.
+            InputError: it is not a finite number, or not a sequence of them where each item has its own.
         """
         with torch.inference_mode():
             found = self._function(loaded.model, loaded.tokenizer)
+        if self.per_item:
+            try:
+                items = [float(item) for item in found]
+            except (TypeError, ValueError):
+                items = []
+            return Measured.of_items(items, self.arguments[0])
         try:
             value = float(found)
         except (TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value):
             raise InputError(f"{self.arguments[0]} must return a finite number, not {found!r}")
-        return value
+        return Measured(value)
 
 
 class Loaded:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class Journal:
         """
         self.file = file
         self._scores: dict[str, float] = {}
+        self._details: dict[str, Mapping[str, Any]] = {}
         if not file.exists():
             return
         lines = file.read_text("utf-8").splitlines(keepends=True)
@@ -39,10 +41,15 @@ class Journal:
                     continue
                 raise InputError(f"{file}, line {number} is not an entry; move the file away") from error
             self._scores[key] = score
+            self._details[key] = entry
 
     def score(self, key: str) -> float | None:
         """Return the score of a key, or None."""
         return self._scores.get(key)
+
+    def details(self, key: str) -> Mapping[str, Any]:
+        """Return what else the entry of a key says, nothing where there is none."""
+        return self._details.get(key, {})
 
     def add(self, key: str, score: float, **details: Any) -> None:
         """Write an entry and wait until it is on the disk."""
@@ -55,6 +62,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self._scores[key] = score
+        self._details[key] = details
 
     def _drop_last(self, line: str) -> None:
         with self.file.open("r+b") as file:

@@ -18,7 +18,7 @@ from mergekit_monosoup.search.choice import Rule
 from mergekit_monosoup.search.scores import ALL, Score, check_names, parse_keep
 from mergekit_monosoup.search.space import By, default_space
 from mergekit_monosoup.search.study import Study, Trial
-from mergekit_monosoup.search.tuning import GRID, Candidate, Outcome, conclude, search
+from mergekit_monosoup.search.tuning import GRID, Candidate, Outcome, conclude, one_by_one, search
 from mergekit_monosoup.spectral.parts import Parts
 from mergekit_monosoup.state_dicts import edit_state_dict
 
@@ -106,6 +106,8 @@ def tune(
     asked = tuple(Score(name, None, name in lower or ALL in lower) for name in scores)
     check_names(given, (*asked, *(Score(name) for name in holdout or {})), "lower_is_better:")
     demands = parse_keep(keep, asked)
+    if by == "fisher":
+        raise ParameterError("by='fisher' is for checkpoints of language models, by the command tune")
     original = finetuned.state_dict()
     names = list(original)
     recipe = {"merge_method": method, "parameters": {}}
@@ -137,7 +139,8 @@ def tune(
         values = space.plain(factor) if space.plain is not None else {}
         made = space.apply(recipe, values)
         always.append(Candidate(f"Wise-FT {factor:g}", {"wise_ft": factor}, made, factor, values))
-    search(known, space, recipe, always, trials, lambda c: measure(scores, c.recipe), progress)
+    score = one_by_one(lambda candidate: measure(scores, candidate.recipe))
+    search(known, space, recipe, always, trials, score, progress)
     outcome = conclude(known, asked, demands, choose)
     compared = (outcome.base, outcome.finetuned, outcome.wise_ft, outcome.chosen) if holdout else ()
     held = {

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mergekit_monosoup.report.page.front import FILE_NAME
 from mergekit_monosoup.report.versions import installed_version, versions
+from mergekit_monosoup.search.intervals import Interval
 from mergekit_monosoup.search.scores import Keep, Score
 from mergekit_monosoup.search.tuning import Outcome
 
-FILE_NAME = "tune.json"
+__all__ = ["FILE_NAME", "Held", "content", "table", "verdict", "write"]
 
 # Scores of one trial by name, of several trials by their index.
 Held = Mapping[int, Mapping[str, float]]
@@ -24,6 +26,7 @@ def content(
     seed: int,
     written: Mapping[str, float],
     holdout: Held,
+    intervals: Sequence[Interval] = (),
 ) -> dict[str, Any]:
     """Return what tune.json holds.
 
@@ -32,6 +35,7 @@ def content(
         scores, keep, seed: that it went by.
         written: what the written model scored.
         holdout: what some trials scored on what the search has not seen.
+        intervals: how sure differences are, where scores are of items.
     """
     return {
         "scores": [{"name": s.name, "lower_is_better": s.lower_is_better} for s in scores],
@@ -54,6 +58,7 @@ def content(
         "chosen": outcome.chosen,
         "best_wise_ft": outcome.wise_ft,
         "written": dict(written),
+        **({"intervals": [interval.content() for interval in intervals]} if intervals else {}),
     }
 
 
@@ -62,7 +67,9 @@ def write(file: Path, held: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(held, indent=2) + "\n", "utf-8")
 
 
-def table(outcome: Outcome, scores: Sequence[Score], holdout: Held) -> str:
+def table(
+    outcome: Outcome, scores: Sequence[Score], holdout: Held, intervals: Sequence[Interval] = ()
+) -> str:
     """Return all trials as a table: plain alternatives, then the others by their first score."""
     names = [score.name for score in scores]
     first = scores[0]
@@ -87,6 +94,8 @@ def table(outcome: Outcome, scores: Sequence[Score], holdout: Held) -> str:
             (outcome.trials[i].name, *(f"{values[n]:.6g}" for n in held)) for i, values in holdout.items()
         ]
         lines += ["", *_aligned(also)]
+    if intervals:
+        lines += ["", "differences with 95 % intervals", *map(str, intervals)]
     return "\n".join(lines)
 
 

@@ -6,9 +6,11 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,10 +25,12 @@ _TENSOR = "projection"
 
 
 class PartsOnDisk:
-    """A file a tensor and split rule, up to a number of bytes; what has no room is found again each time.
+    """A file a tensor and split rule, up to a number of bytes.
 
-    A float32 copy of the matrices a rule: twice the size of a 16-bit model. Files are whole or absent, so a
-    search that was killed goes on with those there are.
+    A float32 copy of the matrices a rule: twice the size of a 16-bit model. Where there is no room, the rule
+    that was used longest ago gives way; of the one in use nothing does, since each candidate needs all of it,
+    and what does not fit is found again each time. Files are whole or absent: a killed search goes on
+    with those there are, and several processes can share the folder.
     """
 
     def __init__(self, folder: Path, room: int) -> None:
@@ -36,35 +40,62 @@ class PartsOnDisk:
             folder: for nothing but parts of the updates of one set of checkpoints.
             room: bytes that the files may take.
         """
-        self._folder, self.room = folder, room
+        self.folder, self.room = folder, room
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.part"):
-            leftover.unlink()
-        self.held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         self._lock = threading.Lock()
         self._told = False
 
+    @property
+    def held(self) -> int:
+        """Bytes of the files, of all processes."""
+        return sum(size for _, size, _ in self._files())
+
     def parts(self, tensor: str, rule: str, find: Callable[[], Parts]) -> Parts:
         """Return the parts of a tensor by a rule, from `find` where they are not kept yet."""
-        file = self._folder / (hashlib.sha256(f"{tensor}\n{rule}".encode()).hexdigest()[:32] + ".safetensors")
+        folder = self.folder / _name(rule)
+        file = folder / f"{_name(tensor)}.safetensors"
         known = _read(file)
         if known is not None:
             return known
         found = find()
         size = 0 if found.projection is None else found.projection.numel() * found.projection.element_size()
         with self._lock:
-            fits = self.held + size <= self.room
-            self.held += size if fits else 0
-            if not fits and not self._told:
-                self._told = True
-                LOG.warning("--scratch is full: what has no room there is decomposed for each candidate")
-        if fits:
-            _write(file, found)
+            if self._make_room(size, folder):
+                _write(file, found)
         return found
 
-    def clear(self) -> None:
-        """Delete all."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+    def _make_room(self, size: int, folder: Path) -> bool:
+        """Delete what other rules have, longest unused first, until there is room; say whether there is."""
+        files = self._files()
+        held = sum(taken for _, taken, _ in files)
+        used: dict[Path, float] = {}
+        for file, _, when in files:
+            used[file.parent] = max(when, used.get(file.parent, 0.0))
+        for other in sorted(used.keys() - {folder}, key=used.__getitem__):
+            if held + size <= self.room:
+                break
+            held -= sum(taken for file, taken, _ in files if file.parent == other)
+            shutil.rmtree(other, ignore_errors=True)
+        if held + size <= self.room:
+            return True
+        if not self._told:
+            self._told = True
+            LOG.warning("--scratch is full: what has no room there is decomposed for each candidate")
+        return False
+
+    def _files(self) -> list[tuple[Path, int, float]]:
+        """Return each file with its size and when it was last used."""
+        found = []
+        for file in self.folder.glob("*/*"):
+            # Another process may delete it meanwhile.
+            with suppress(FileNotFoundError):
+                known = file.stat()
+                found.append((file, known.st_size, known.st_mtime))
+        return found
+
+
+def _name(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _read(file: Path) -> Parts | None:
@@ -75,6 +106,7 @@ def _read(file: Path) -> Parts | None:
             splits = json.loads(stream.metadata()["splits"])
             names = stream.keys()
             projection = stream.get_tensor(_TENSOR) if _TENSOR in names else None
+        os.utime(file)
     except (SafetensorError, KeyError, ValueError, OSError):
         # Cut off by a crash of the machine; it is found and written again.
         return None
@@ -84,6 +116,11 @@ def _read(file: Path) -> Parts | None:
 def _write(file: Path, parts: Parts) -> None:
     splits = json.dumps([None if split is None else asdict(split) for split in parts.splits])
     tensors = {} if parts.projection is None else {_TENSOR: parts.projection.cpu()}
-    partial = file.with_suffix(".part")
-    save_file(tensors, partial, {"splits": splits})
-    os.replace(partial, file)
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_suffix(f".{secrets.token_hex(4)}.part")
+    try:
+        save_file(tensors, partial, {"splits": splits})
+        os.replace(partial, file)
+    except FileNotFoundError:
+        # Another process needs the room.
+        LOG.debug("%s was deleted while it was written", partial)

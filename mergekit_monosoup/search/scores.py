@@ -6,10 +6,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePath
 
 from mergekit_monosoup.errors import ParameterError
 from mergekit_monosoup.search.evaluation import Evaluation
-from mergekit_monosoup.search.functions import PREFIX, FunctionEvaluation
+from mergekit_monosoup.search.functions import PREFIX as FUNCTION
+from mergekit_monosoup.search.functions import FunctionEvaluation, InMemory
+from mergekit_monosoup.search.lm_evaluation import PREFIX as LM_EVAL
+from mergekit_monosoup.search.lm_evaluation import LmEvaluation
 
 ALL = "all"
 _NAME = re.compile(r"[A-Za-z][\w.-]*")
@@ -24,7 +28,7 @@ class Score:
     """
 
     name: str
-    evaluation: Evaluation | FunctionEvaluation | None = None
+    evaluation: Evaluation | InMemory | None = None
     lower_is_better: bool = False
 
     @cached_property
@@ -53,7 +57,10 @@ class Keep:
 
 
 def parse_scores(
-    given: Sequence[str], lower_is_better: Iterable[str] = (), option: str = "--score"
+    given: Sequence[str],
+    lower_is_better: Iterable[str] = (),
+    option: str = "--score",
+    per_item: Iterable[str] = (),
 ) -> tuple[Score, ...]:
     """Return the scores of options `NAME=COMMAND`.
 
@@ -61,11 +68,12 @@ def parse_scores(
         given: the options' values.
         lower_is_better: names of scores of which less is better; `all` for all of them.
         option: for messages.
+        per_item: names of scores that are the mean of those of items; `all` for all of them.
 
     Raises:
         ParameterError: an option is of another form, or a name is given twice or not at all.
     """
-    lower = set(lower_is_better)
+    lower, items = set(lower_is_better), set(per_item)
     commands: dict[str, str] = {}
     for text in given:
         name, equals, command = text.partition("=")
@@ -77,16 +85,31 @@ def parse_scores(
         if name in commands:
             raise ParameterError(f"{option} {name} is given twice; give each score a name of its own")
         commands[name] = command
-    return tuple(
-        Score(name, _evaluation(command, f"{option} {name}="), name in lower or ALL in lower)
-        for name, command in commands.items()
-    )
+    result = []
+    for name, command in commands.items():
+        evaluation = evaluation_of(command, f"{option} {name}=", bool({name, ALL} & items))
+        own = evaluation.lower_is_better if isinstance(evaluation, InMemory) else None
+        result.append(Score(name, evaluation, bool({name, ALL} & lower) if own is None else own))
+    return tuple(result)
 
 
-def _evaluation(text: str, option: str) -> Evaluation | FunctionEvaluation:
-    if not text.startswith(PREFIX):
-        return Evaluation(text, option)
-    return FunctionEvaluation(text, option)
+def of_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Return tasks of lm_eval, several with commas between them, as options `NAME=lm-eval:TASK`."""
+    names = [task.strip() for text in tasks for task in text.split(",") if task.strip()]
+    return tuple(f"{PurePath(name.partition('?')[0]).stem}={LM_EVAL}{name}" for name in names)
+
+
+def evaluation_of(text: str, option: str, per_item: bool = False) -> Evaluation | InMemory:
+    """Return what a score's option names: a command, a function of a loaded model, or a task of lm_eval.
+
+    Raises:
+        ParameterError: it is of neither form.
+    """
+    if text.startswith(FUNCTION):
+        return FunctionEvaluation(text, option, per_item)
+    if text.startswith(LM_EVAL):
+        return LmEvaluation(text, option, per_item)
+    return Evaluation(text, option, per_item)
 
 
 def check_names(names: Iterable[str], scores: Sequence[Score], option: str) -> None:

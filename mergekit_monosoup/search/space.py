@@ -11,7 +11,7 @@ from mergekit_monosoup.errors import ConfigurationError
 
 Values = dict[str, Any]
 Recipe = dict[str, Any]
-By = Literal["depth", "module", "layer-group"]
+By = Literal["depth", "module", "layer-group", "fisher"]
 
 PLAIN = "plain"
 # What a split by its name is in a recipe. `plain` is Wise-FT: nothing is split.
@@ -31,7 +31,7 @@ _MODULES = {
     "mlp": ("mlp", "feed_forward", "ffn", "intermediate", "experts"),
     "embeddings": ("embed", "wte", "lm_head"),
 }
-_GROUPS = 4
+GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,18 @@ class Space:
     factor: Callable[[Values], float | None] = lambda _: None
 
 
-def default_space(recipe: Recipe, by: By | None = None, tensors: Sequence[str] = ()) -> Space:
+def default_space(
+    recipe: Recipe, by: By | None = None, tensors: Sequence[str] = (), guess: Sequence[float] = ()
+) -> Space:
     """Return the space of a method that edits one update: strength, split and mixing.
 
     Args:
         recipe: the user's.
         by: what else the strength depends on: `depth` (a line from the first layer to the last), `module`
-            (factors of attention, MLP and embeddings) or `layer-group` (four factors along the depth).
+            (factors of attention, MLP and embeddings), `layer-group` (four factors along the depth) or
+            `fisher` (these, with one more point to begin with).
         tensors: names in the checkpoints, for `module`.
+        guess: the factors of that point.
 
     Raises:
         ConfigurationError: nothing is known of the method's parameters.
@@ -96,6 +100,8 @@ def default_space(recipe: Recipe, by: By | None = None, tensors: Sequence[str] =
     factors = _factors(by, tensors)
     ranges |= {name: Range(low=0.0, high=1.5) for name in factors}
     first = [values | dict.fromkeys(factors, 1.0) for values in first]
+    if guess:
+        first.insert(1, first[0] | dict(zip(factors, guess, strict=True)))
 
     def apply(whole: Recipe, values: Values) -> Recipe:
         result = copy.deepcopy(whole)
@@ -129,8 +135,8 @@ def _factors(by: By | None, tensors: Sequence[str]) -> dict[str, tuple[str, ...]
     """Return the names of further factors, for `module` with the words that their tensors' names hold."""
     if by == "depth":
         return {"first layer": (), "last layer": ()}
-    if by == "layer-group":
-        return {f"layers {i + 1} of {_GROUPS}": () for i in range(_GROUPS)}
+    if by in ("layer-group", "fisher"):
+        return {f"layers {i + 1} of {GROUPS}": () for i in range(GROUPS)}
     if by == "module":
         found = {
             name: tuple(word for word in words if any(word in tensor for tensor in tensors))

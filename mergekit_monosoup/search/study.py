@@ -131,16 +131,30 @@ class Study:
             )
         )
 
-    def propose(self) -> Proposal:
-        """Return the values to try next: those that were proposed last, where nobody has scored them."""
+    def propose(self, most: int = 1) -> list[Proposal]:
+        """Return values to try next: first those that were proposed before, where nobody has scored them.
+
+        The generator of each is seeded by its place in the search, so what is proposed depends on the scores
+        so far and on how many are proposed at a time, and on nothing else.
+        """
+        found = []
         for left in self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             if left.params.keys() == self._distributions.keys():
-                return Proposal(left.number, dict(left.params))
-            # Killed between two of its values.
-            self._study.tell(left.number, state=TrialState.FAIL)
-        count = sum(trial.searched for trial in self.trials)
+                found.append(Proposal(left.number, dict(left.params)))
+            else:
+                # Killed between two of its values.
+                self._study.tell(left.number, state=TrialState.FAIL)
+        done = sum(trial.searched for trial in self.trials)
+        while len(found) < most:
+            found.append(self._asked(done + len(found)))
+        return found[:most]
+
+    def _asked(self, count: int) -> Proposal:
         self._study.sampler = optuna.samplers.TPESampler(
-            seed=(self._seed * _SEEDS + count) % 2**32, multivariate=False, n_startup_trials=10
+            seed=(self._seed * _SEEDS + count) % 2**32,
+            multivariate=False,
+            n_startup_trials=10,
+            constant_liar=True,
         )
         if count < len(self._space.first):
             self._study.enqueue_trial(self._space.first[count], skip_if_exists=True)

@@ -18,19 +18,24 @@ from mergekit_monosoup.checkpoint.output import free_bytes, gigabytes
 from mergekit_monosoup.checkpoint.work_folder import WorkFolder
 from mergekit_monosoup.errors import ConfigurationError
 from mergekit_monosoup.merging.run import RunOptions, merge_to_folder
+from mergekit_monosoup.report.page.folder import write_page_into
 from mergekit_monosoup.search import outcome_file
-from mergekit_monosoup.search.candidates import Candidates, Models, as_yaml
+from mergekit_monosoup.search.bench import Bench, as_yaml
+from mergekit_monosoup.search.candidates import Candidates, Models
 from mergekit_monosoup.search.card import describe
 from mergekit_monosoup.search.choice import Rule
+from mergekit_monosoup.search.fisher import guess
+from mergekit_monosoup.search.intervals import Interval, intervals
+from mergekit_monosoup.search.on_ray import WORKERS, scored_on_ray
 from mergekit_monosoup.search.parts_on_disk import PartsOnDisk
 from mergekit_monosoup.search.scores import Keep, Score, parse_keep
-from mergekit_monosoup.search.space import By, Space, default_space, space_of_file
+from mergekit_monosoup.search.space import GROUPS, By, Space, default_space, space_of_file
 from mergekit_monosoup.search.study import Study
-from mergekit_monosoup.search.tuning import Outcome, conclude, in_words, key_of, search
+from mergekit_monosoup.search.tuning import Outcome, conclude, in_words, key_of, one_by_one, search
 
 WORK = ".tune"
 STUDY = "study.db"
-_PARTS, _CHOSEN = "parts", "chosen"
+_PARTS, _CHOSEN, _CANDIDATE = "parts", "chosen", "candidate"
 # A written model is what the trial was but for the order of a few sums.
 _SAME = 1e-3
 
@@ -74,6 +79,7 @@ class Tuned:
     outcome: Outcome
     written: dict[str, float]
     holdout: dict[int, dict[str, float]]
+    intervals: tuple[Interval, ...] = ()
 
 
 def work_folder(out: Path) -> Path:
@@ -154,9 +160,17 @@ def _tuned(
     scratch = free_bytes(work) // 2 if tune.scratch is None else tune.scratch
     digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
     parts = PartsOnDisk(work / _PARTS / digest, scratch)
-    like = models.folder(options)
-    candidates = Candidates(work, tune.scores, contents, options, parts, run_options, like)
-    search(study, space, content, models.always(space), tune.trials, candidates.evaluate, progress)
+    bench = Bench(work / _CANDIDATE, options, parts, run_options, models.local(models.like, options))
+    candidates = Candidates(work, tune.scores, contents, bench)
+    always = models.always(space)
+    if run_options.ray is None:
+        search(study, space, content, always, tune.trials, one_by_one(candidates.evaluate), progress)
+    else:
+        most = max(tune.trials, len(always))
+        with scored_on_ray(
+            candidates, models, tune.scores, options, run_options, (work, parts), most, run_options.ray
+        ) as (score, at_once):
+            search(study, space, content, always, tune.trials, score, progress, at_once)
     if parts.held:
         progress(f"kept {gigabytes(parts.held)} of decompositions in {work / _PARTS} meanwhile")
     outcome = conclude(study, tune.scores, keep, tune.choose)
@@ -170,13 +184,16 @@ def _tuned(
             folder = work / _CHOSEN if index == outcome.chosen else None
             holdout[index] = candidates.scored(trial.recipe, tune.holdout, folder)
             progress(f"{trial.name}, not seen by the search: {in_words(holdout[index])}")
+    scored = (*tune.scores, *tune.holdout)
+    sure = intervals(outcome, scored, lambda trial, score: candidates.items(trial.recipe, score), tune.seed)
     if options.write_model_card:
-        describe(work / _CHOSEN, place.out.name, outcome, tune.scores, holdout)
-    held = outcome_file.content(outcome, tune.scores, keep, tune.seed, written, holdout)
+        describe(work / _CHOSEN, place.out.name, outcome, tune.scores, holdout, sure)
+    held = outcome_file.content(outcome, tune.scores, keep, tune.seed, written, holdout, sure)
     outcome_file.write(work / _CHOSEN / outcome_file.FILE_NAME, held)
+    write_page_into(work / _CHOSEN, place.out.name)
     place.path.rmdir()
     shutil.move(work / _CHOSEN, place.path)
-    return Tuned(outcome, written, holdout)
+    return Tuned(outcome, written, holdout, sure)
 
 
 def differences(outcome: Outcome, written: dict[str, float]) -> list[str]:
@@ -211,7 +228,14 @@ def _space(tune: TuneOptions, recipe: dict[str, Any], models: Models, options: M
             raise ConfigurationError("--by and --space exclude each other; write all ranges into --space")
         return space_of_file(tune.space, recipe)
     names = models.tensors(options) if tune.by == "module" else ()
-    return default_space(recipe, tune.by, names)
+    factors: list[float] = []
+    if tune.by == "fisher":
+        if any(model.lora is not None for model in models.finetuned):
+            raise ConfigurationError(
+                "--by fisher loads the fine-tuned checkpoint whole; merge the adapter first"
+            )
+        factors = guess(models.local(models.base, options), models.local(models.like, options), GROUPS)
+    return default_space(recipe, tune.by, names, factors)
 
 
 def _take(work: Path, tune: TuneOptions) -> None:
@@ -219,7 +243,7 @@ def _take(work: Path, tune: TuneOptions) -> None:
     if not (work / STUDY).exists():
         return
     if tune.restart:
-        for name in (_PARTS, _CHOSEN, "candidate"):
+        for name in (_PARTS, _CHOSEN, _CANDIDATE, WORKERS):
             shutil.rmtree(work / name, ignore_errors=True)
         for file in (work / STUDY, work / "journal.jsonl"):
             file.unlink(missing_ok=True)

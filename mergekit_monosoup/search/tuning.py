@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,28 @@ class Outcome:
         return self.trials[self.chosen]
 
 
-Scoring = Callable[[Candidate], Mapping[str, float]]
+@dataclass(frozen=True)
+class Scored:
+    """The scores of a candidate, and the seconds that they took."""
+
+    scores: Mapping[str, float]
+    seconds: float
+
+
+# Scores candidates and yields what comes of each, in their order.
+Scoring = Callable[[Sequence[Candidate]], Iterable[Scored]]
+
+
+def one_by_one(score: Callable[[Candidate], Mapping[str, float]]) -> Scoring:
+    """Return what scores candidates one after the other in this process."""
+
+    def scored(candidates: Sequence[Candidate]) -> Iterator[Scored]:
+        for candidate in candidates:
+            started = time.monotonic()
+            scores = score(candidate)
+            yield Scored(scores, round(time.monotonic() - started, 3))
+
+    return scored
 
 
 def search(
@@ -63,6 +84,7 @@ def search(
     trials: int,
     evaluate: Scoring,
     progress: Callable[[str], None],
+    at_once: int = 1,
 ) -> None:
     """Score what is always tried, then what the study proposes, leaving out what it knows.
 
@@ -72,25 +94,24 @@ def search(
         recipe: that the space's values go into.
         always: plain alternatives; they do not count as trials.
         trials: how many proposals to try, those of an earlier run among them.
-        evaluate: scores a candidate.
+        evaluate: scores candidates.
         progress: is told of each trial.
+        at_once: proposals that are scored at a time; each is made without the scores of the others.
     """
     known = {trial.name for trial in study.trials if not trial.searched}
-    for candidate in always:
-        if candidate.name not in known:
-            trial = _scored(candidate, evaluate)
-            study.add(trial, candidate.values)
-            progress(f"{trial.name}: {in_words(trial.scores)}")
+    rest = [candidate for candidate in always if candidate.name not in known]
+    for candidate, scored in zip(rest, evaluate(rest), strict=True):
+        trial = _trial(candidate, scored)
+        study.add(trial, candidate.values)
+        progress(f"{trial.name}: {in_words(trial.scores)}")
     while (done := sum(trial.searched for trial in study.trials)) < trials:
-        proposal = study.propose()
-        made = space.apply(dict(recipe), proposal.values)
-        values = proposal.values
-        factor = space.factor(values)
-        name = described(values) if factor is None else f"Wise-FT {factor:.3g}"
-        candidate = Candidate(name, values, made, factor, values)
-        trial = _scored(candidate, evaluate, searched=True)
-        study.tell(proposal, trial)
-        progress(f"trial {done + 1} of {trials}, {trial.name}: {in_words(trial.scores)}")
+        proposals = study.propose(min(at_once, trials - done))
+        proposed = [_proposed(space, recipe, proposal.values) for proposal in proposals]
+        for proposal, candidate, scored in zip(proposals, proposed, evaluate(proposed), strict=True):
+            trial = _trial(candidate, scored, searched=True)
+            study.tell(proposal, trial)
+            done += 1
+            progress(f"trial {done} of {trials}, {trial.name}: {in_words(trial.scores)}")
 
 
 def conclude(study: Study, scores: Sequence[Score], keep: Sequence[Keep], rule: Rule) -> Outcome:
@@ -133,16 +154,19 @@ def key_of(recipe: Mapping[str, Any]) -> str:
     return json.dumps(recipe, sort_keys=True)
 
 
-def _scored(candidate: Candidate, evaluate: Scoring, searched: bool = False) -> Trial:
-    started = time.monotonic()
-    scores = evaluate(candidate)
-    seconds = round(time.monotonic() - started, 3)
+def _proposed(space: Space, recipe: Mapping[str, Any], values: Values) -> Candidate:
+    factor = space.factor(values)
+    name = described(values) if factor is None else f"Wise-FT {factor:.3g}"
+    return Candidate(name, values, space.apply(dict(recipe), values), factor, values)
+
+
+def _trial(candidate: Candidate, scored: Scored, searched: bool = False) -> Trial:
     return Trial(
         candidate.name,
         dict(candidate.parameters),
         dict(candidate.recipe),
-        dict(scores),
-        seconds,
+        dict(scored.scores),
+        scored.seconds,
         candidate.plain,
         searched,
     )

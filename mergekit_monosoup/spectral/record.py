@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from torch import Tensor
@@ -18,7 +18,8 @@ class MatrixRecord:
     """What was found and done in one matrix: its rank r, the split, the coefficients and ||dW||_F.
 
     `noise` and `threshold` are there where the split is a noise threshold. `survived` and `intended` are
-    <E', E> and <E, E> of an edit, of some entries: see `Storage.survival`.
+    <E', E> and <E, E> of an edit, of some entries: see `Storage.survival`. `values` are the singular values
+    `[r]`, or those that are not zero by the update's making, up to a factor.
     """
 
     rank: int
@@ -31,6 +32,7 @@ class MatrixRecord:
     threshold: float | None = None
     survived: float = 0.0
     intended: float = 0.0
+    values: Tensor | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(
@@ -50,7 +52,7 @@ class MatrixRecord:
         noise = tau = None
         if threshold is not None:
             noise, tau = scaling * threshold.noise(values), scaling * threshold.threshold(values)
-        return cls(min(shape), k, effective_rank(values), c, backend, norm, noise, tau)
+        return cls(min(shape), k, effective_rank(values), c, backend, norm, noise, tau, values=values)
 
 
 @dataclass(frozen=True)
