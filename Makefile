@@ -5,6 +5,8 @@
 #   make test-lowest   the same with the lowest versions of everything that pyproject.toml allows
 #   make lint   ruff and mypy
 #   make docs   write docs/cli.md anew
+#   make site   the documentation as a website, into site/
+#   make dist   wheel and source distribution into dist/, checked as PyPI does
 #   make bench  all benchmarks, some twenty minutes, into benchmarks/RESULTS.md
 #   make study  the robustness study, up to an hour, into benchmarks/robustness/RESULTS.md
 #   make study-short  the same in minutes, below .study/: a check that it runs
@@ -18,10 +20,10 @@ BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest lint format docs bench study study-short clean
+.PHONY: help demo test test-lowest lint format docs site dist bench study study-short clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,13p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,15p'
 
 demo: $(VENV)/.test
 	$(BIN)/python examples/demo.py
@@ -49,6 +51,15 @@ format: $(VENV)/.dev
 docs: $(VENV)/.test
 	$(BIN)/python docs/build_cli.py
 
+# Fails on a link or an anchor that leads nowhere. The variable silences a notice about another project.
+site: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
 # One after the other: they share the machine with nothing, least of all with each other.
 bench: $(VENV)/.test
 	for name in spectral memory merge growth floor projector kernels scale tune adapter_file extract; do \
@@ -64,7 +75,7 @@ study-short: $(VENV)/.test
 	$(BIN)/python -m benchmarks.robustness --short $(STUDY)
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest .demo .study build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest .demo .study site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: an installation is repeated only when what it depends on has changed.
@@ -75,6 +86,10 @@ $(VENV)/.test: $(VENV)/.python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.test
+
+$(VENV)/.docs: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) -e '.[docs]'
+	@touch $@
 
 # Some Linux distributions ship venv without ensurepip; pip can then equip the environment from outside.
 $(VENV)/.python:

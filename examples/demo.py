@@ -14,14 +14,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_monosoup import edit_update
+from mergekit_monosoup import edit_state_dict, edit_update
 
 PAIR = Path("examples") / "models"
 BASE, FINETUNED, HELD_OUT = PAIR / "base", PAIR / "finetuned", PAIR / "heldout"
@@ -45,7 +46,14 @@ SHOWN = [
 IN_DISTRIBUTION = "prose"
 SHIFTS = ["python", "headers", "licences", "tables"]
 CONTEXT = 128
-PROMPT = "Return the "
+STRONGER = "energy: 0.8"
+
+
+class Cost(NamedTuple):
+    """Bits per byte in distribution, and their mean out of it."""
+
+    inside: float
+    outside: float
 
 
 def main() -> None:
@@ -65,8 +73,6 @@ def main() -> None:
     show_coefficients()
     heading("4. Bits per byte of held-out text (lower is better)")
     show_costs()
-    heading("5. What the three write")
-    show_samples()
     heading("Your own models")
     print("""\
 Put these lines into recipe.yaml, with the checkpoint that the fine-tuning started from as the base:
@@ -136,15 +142,40 @@ def show_coefficients() -> None:
 
 
 def show_costs() -> None:
-    """Print the cost of held-out text under the three models."""
-    texts = {name: (HELD_OUT / f"{name}.txt").read_bytes() for name in (IN_DISTRIBUTION, *SHIFTS)}
+    """Print the cost of held-out text under the models, and what share of it the edits give back."""
+    costs = {}
     print(f"{'':12}{'ID: prose':>10}{'OOD mean':>10} = mean of {', '.join(SHIFTS)}")
     for label, folder in MODELS.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        inside, *outside = (bits_per_byte(model, text) for text in texts.values())
-        each = ", ".join(f"{cost:.3f}" for cost in outside)
-        print(f"{label:12}{inside:10.3f}{sum(outside) / len(outside):10.3f}   ({each})", flush=True)
-    print("\nID: the kind of text that it was fine-tuned on. OOD: the other kinds that the base learnt.")
+        costs[label] = print_costs(label, model)
+    base, finetuned = (load_file(folder / "model.safetensors") for folder in (BASE, FINETUNED))
+    # Tied weights: the file holds the embedding once.
+    model.load_state_dict(edit_state_dict(base, finetuned, energy=0.8).weights, strict=False)
+    costs[STRONGER] = print_costs(STRONGER, model)
+    print("\nID: the kind of text that it was fine-tuned on. OOD: the other kinds that the base learnt.\n")
+    for label, words in (("merged", "the automatic rule"), (STRONGER, f"`{STRONGER}`")):
+        print(in_one_line(words, costs["base"], costs["fine-tuned"], costs[label]))
+
+
+def in_one_line(words: str, base: Cost, finetuned: Cost, edited: Cost) -> str:
+    """Say what share of the forgetting is back, and at which share of what was learnt."""
+    back = (finetuned.outside - edited.outside) / (finetuned.outside - base.outside)
+    lost = (edited.inside - finetuned.inside) / (base.inside - finetuned.inside)
+    price = f"{lost:.0%} of what it gained" if lost > 0 else "nothing"
+    return (
+        f"Of what fine-tuning cost out of distribution {back:.0%} is back by {words}; "
+        f"in distribution it cost {price}."
+    )
+
+
+def print_costs(label: str, model: PreTrainedModel) -> Cost:
+    """Print the cost of each kind of text in a line."""
+    texts = {name: (HELD_OUT / f"{name}.txt").read_bytes() for name in (IN_DISTRIBUTION, *SHIFTS)}
+    inside, *outside = (bits_per_byte(model, text) for text in texts.values())
+    cost = Cost(inside, sum(outside) / len(outside))
+    each = ", ".join(f"{value:.3f}" for value in outside)
+    print(f"{label:12}{cost.inside:10.3f}{cost.outside:10.3f}   ({each})", flush=True)
+    return cost
 
 
 @torch.inference_mode()
@@ -158,17 +189,6 @@ def bits_per_byte(model: PreTrainedModel, text: bytes) -> float:
         logits = model(input_ids=part, use_cache=False).logits[:, :-1]
         total += functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
     return total / windows[:, 1:].numel() / math.log(2)
-
-
-def show_samples() -> None:
-    """Let each model continue the same prompt from the same seed."""
-    for label, folder in MODELS.items():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokens = tokenizer(PROMPT, return_tensors="pt")
-        transformers.set_seed(0)
-        output = model.generate(**tokens, max_new_tokens=110, do_sample=True, temperature=0.5)
-        print(f"{label + ':':12}{tokenizer.decode(output[0], skip_special_tokens=True)!r}", flush=True)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,9 @@ def edit_module(
         base: the weights that the fine-tuning started from.
         finetuned: the fine-tuned module; its weights are edited on the device where they lie.
         inplace: change `finetuned` itself instead of a copy.
-        strict, device, **options: see `edit_state_dict`.
+        strict: see `edit_state_dict`, as for the next two.
+        device: where it is computed.
+        **options: of the edit.
     """
     edited = edit_state_dict(base, finetuned, strict=strict, device=device, **options)
     module = finetuned if inplace else copy.deepcopy(finetuned)

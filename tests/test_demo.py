@@ -99,4 +99,9 @@ def test_demo(demo, monkeypatch, tmp_path, capfd):
     assert all(float(share) > 99.9 for share in shares)
     for label in demo.MODELS:
         assert re.search(rf"^{label} +\d\.\d+ +\d\.\d+ ", printed, re.MULTILINE)
-        assert re.search(rf"^{label}: +['\"]{demo.PROMPT}", printed, re.MULTILINE)
+    back = [
+        int(share)
+        for share in re.findall(r"^Of what fine-tuning cost .* (\d+)% is back", printed, re.MULTILINE)
+    ]
+    assert len(back) == 2
+    assert 0 < back[0] < back[1] < 100

@@ -211,7 +211,12 @@ def test_settings_that_are_no_settings_are_refused(tmp_path):
     path = tmp_path / "in.safetensors"
     down, up = factors(LINEAR, 0)
     tensors = {"unet.x.lora_A.weight": down, "unet.x.lora_B.weight": up.contiguous()}
-    for settings, word in (("{", "no JSON"), ("[]", "no mapping"), ({"unet.lora_alpha": "x"}, "no number")):
+    for settings, word in (
+        ("{", "no JSON"),
+        ("[]", "no mapping"),
+        ({"unet.lora_alpha": "x"}, "no number"),
+        ({"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 1}}, "no regular"),
+    ):
         text = settings if isinstance(settings, str) else json.dumps(settings)
         save_file(tensors, path, metadata={"lora_adapter_metadata": text})
         refuse(path, tmp_path / "out.safetensors", "lora_adapter_metadata", word)

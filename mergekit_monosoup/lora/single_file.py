@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -245,7 +246,12 @@ def _patterned(file: SingleFile, part: str, pattern: str, name: str, default: An
     patterns = file.settings.get(f"{part}.{pattern}") or {}
     value = default
     if isinstance(patterns, dict):
-        value = patterns.get(get_pattern_key(patterns.keys(), name), default)
+        try:
+            value = patterns.get(get_pattern_key(patterns.keys(), name), default)
+        except re.error as error:
+            raise AdapterError(
+                f"{file.path}: {part}.{pattern} of {SETTINGS} holds no regular expressions ({error})"
+            ) from error
     if type(value) not in (int, float) or not math.isfinite(value):
         raise AdapterError(f"{file.path}: {part}.{pattern} of {SETTINGS} gives {name} {value!r}, no number")
     return value
