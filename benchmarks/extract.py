@@ -20,12 +20,10 @@ MODELS = common.ROOT / "examples" / "models"
 ASKED = (
     ("--rank", "8"),
     ("--rank", "32"),
-    ("--rank", "128"),
     ("--rank", "0.9"),
-    ("--rank", "0.99"),
     ("--rank", "auto"),
-    ("--rank", "0.9", "--factors-only"),
-    ("--rank", "0.9", "--plain"),
+    ("--rank", "auto", "--plain"),
+    ("--rank", "auto", "--factors-only"),
 )
 
 
