@@ -62,7 +62,7 @@ dist: $(VENV)/.dev
 
 # One after the other: they share the machine with nothing, least of all with each other.
 bench: $(VENV)/.test
-	for name in spectral memory merge growth floor projector kernels scale tune; do \
+	for name in spectral memory merge growth floor projector kernels scale tune adapter_file extract; do \
 		$(BIN)/python benchmarks/$$name.py $(BENCH) --json benchmarks/results/$$name.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/results.py

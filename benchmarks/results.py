@@ -10,7 +10,20 @@ from typing import Any
 from common import shown
 
 HERE = Path(__file__).resolve().parent
-ORDER = ("spectral", "memory", "merge", "growth", "floor", "projector", "kernels", "scale", "tune", "gpu")
+ORDER = (
+    "spectral",
+    "memory",
+    "merge",
+    "growth",
+    "floor",
+    "projector",
+    "kernels",
+    "scale",
+    "tune",
+    "adapter_file",
+    "extract",
+    "gpu",
+)
 # What is asked of a figure: (benchmark, figure, wording, must, aim, beyond, whether more is better).
 ASKED = (
     (
@@ -111,6 +124,24 @@ ASKED = (
         "Qwen3-14B, arithmetic, seconds",
         "arithmetic of a merge in the shape of Qwen3-14B on one H100 or H200, seconds (paper, A100: 83.3)",
         60.0,
+        None,
+        None,
+        False,
+    ),
+    (
+        "adapter_file",
+        "edit, seconds",
+        "a LoRA file of 300 MB, edited by the command on two cores, seconds",
+        20.0,
+        None,
+        None,
+        False,
+    ),
+    (
+        "adapter_file",
+        "edit, peak memory over the file's size",
+        "the same, peak memory over the file's size, the interpreter's own in it",
+        2.0,
         None,
         None,
         False,

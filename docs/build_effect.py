@@ -30,7 +30,7 @@ METHODS = {
 def shares(result: Mapping[str, Any], method: str) -> tuple[float, float]:
     """Return which share of the gain in distribution a method keeps, and of the loss out of it undoes.
 
-    Means over all full fine-tunes: 1 - (fine-tuned - method) / (fine-tuned - base), and (method - fine-tuned) /
+    Means over all full fine-tunes: (method - base) / (fine-tuned - base), and (method - fine-tuned) /
     (base - fine-tuned).
     """
     scores = {(row["recipe"], row["seed"], row["method"]): row["scores"] for row in result["rows"]}

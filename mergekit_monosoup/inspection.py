@@ -171,20 +171,28 @@ class Inspection:
             question: what is asked of it.
             room: for what it takes while it is looked at.
         """
-        stored = [
-            _stored(loader, name, model, question.device)
-            for loader, model in zip(self._loaders, self.names, strict=True)
-        ]
+        stored = self.stored(name, question.device)
         with room.held(_WIDE * len(stored) * stored[0].numel()) if room is not None else nullcontext():
             return self._look(name, stored, question)
 
-    def _look(self, name: str, stored: Sequence[Tensor], question: Question) -> Looked:
-        shape = tuple(stored[0].shape)
-        if any(tuple(tensor.shape) != shape for tensor in stored):
+    def stored(self, name: str, device: str = "cpu") -> list[Tensor]:
+        """Return a tensor as each checkpoint stores it, base first; float8 times its scale.
+
+        Raises:
+            ShapeMismatchError: the shapes differ.
+        """
+        stored = [
+            _stored(loader, name, m, device) for loader, m in zip(self._loaders, self.names, strict=True)
+        ]
+        if any(tensor.shape != stored[0].shape for tensor in stored):
             raise ShapeMismatchError(
                 f"tensor {name}: shapes differ: "
                 + ", ".join(f"{n} {list(t.shape)}" for n, t in zip(self.names, stored, strict=True))
             )
+        return stored
+
+    def _look(self, name: str, stored: Sequence[Tensor], question: Question) -> Looked:
+        shape = tuple(stored[0].shape)
         if not all(tensor.is_floating_point() for tensor in stored):
             copied = TensorRecord(
                 tensor=name,

@@ -147,6 +147,9 @@ def test_inputs_that_cannot_be_merged(tmp_path, family):
     assert f"did you mean {tuned}" in errors(recipe(base, str(tuned)[:-1] + "x1"))[0]
     (nowhere,) = errors(recipe(base, "/" + "x" * 5000))
     assert len(nowhere) < 400
+    for long in ("x" * 5000, f"{tuned}+{'x' * 5000}", f"{tuned}+/{'x' * 5000}"):
+        assert all(len(message) < 400 for message in errors(recipe(base, long)))
+    assert not errors(recipe(base, tuned, tokenizer={"source": "x" * 300}))
     tensors = load_tensors(tuned)
     cases = {
         "missing": ({MATRIX: None}, [MATRIX, "missing"]),

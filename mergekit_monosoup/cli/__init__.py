@@ -16,6 +16,7 @@ _COMMANDS = {
     "verify": "Check that a merged model is whole and is what its report says.",
     "push": "Check a merged model and upload it to the Hub.",
     "lora": "Edit a LoRA adapter by its factors, without the base model.",
+    "extract": "Make an adapter of a full fine-tune: its edited update in a few factors.",
     "align": "Show how the updates of several checkpoints lie to each other.",
     "greedy": "Search the Greedy Soup of several checkpoints by a score on held-out data.",
     "tune": "Search the edit that your own scores prefer, and write its model.",

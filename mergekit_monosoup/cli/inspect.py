@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("base")
-@click.argument("finetuned", nargs=-1, required=True)
+@click.argument("base", metavar="BASE|ADAPTER")
+@click.argument("finetuned", nargs=-1)
 @click.option(
     "--energy",
     "energies",
@@ -75,8 +75,23 @@ def inspect(
 
     BASE and FINETUNED are folders or Hub ids. Several fine-tuned checkpoints are averaged first, and the
     cosines between their updates are reported.
+
+    With ADAPTER alone, a PEFT adapter or a .safetensors file of LoRA factors, its modules are analysed: their
+    effective rank against the nominal one, and what a smaller rank would lose.
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
+    if not finetuned:
+        from mergekit_monosoup.cli.inspect_adapter import inspect_adapter
+        from mergekit_monosoup.inspected import Question
+        from mergekit_monosoup.spectral.split import Split
+
+        if cluster is not None:
+            raise click.UsageError("an adapter is looked at in this process; leave --ray out")
+        with reported_errors():
+            rule = Split("donoho_gavish" if dg_hard else split, threshold_scale=threshold_scale)
+            asked = Question(energies, split=rule, mixing="high" if dg_hard else "monosoup")
+            inspect_adapter(base, asked, part, plot, json_file, html, quiet)
+        return
     from mergekit_monosoup.inspected import Question
     from mergekit_monosoup.inspection import Inspection
     from mergekit_monosoup.merging.progress import progress
@@ -107,13 +122,7 @@ def inspect(
                     recorder.add(record)
         _tell(inspection, recorder.records, energies, quiet)
         if plot is not None:
-            from mergekit_monosoup.report.plots import write_plots
-
-            written = write_plots(recorder.records, plot)
-            for file in written:
-                click.echo(f"Wrote {file}")
-            if not written:
-                click.echo("warning: no figure drawn; the updates hold nothing to draw", err=True)
+            draw(recorder.records, plot)
         if html is not None:
             from mergekit_monosoup.report.page.content import merge_page
             from mergekit_monosoup.report.page.public import public_name
@@ -124,6 +133,17 @@ def inspect(
             write_html(merge_page(header, recorder.records, title), html)
     if json_file is not None:
         click.echo(f"Wrote {json_file}")
+
+
+def draw(records: list[TensorRecord], folder: Path) -> None:
+    """Draw the figures of records and say which files there are."""
+    from mergekit_monosoup.report.plots import write_plots
+
+    written = write_plots(records, folder)
+    for file in written:
+        click.echo(f"Wrote {file}")
+    if not written:
+        click.echo("warning: no figure drawn; the updates hold nothing to draw", err=True)
 
 
 def _tell(

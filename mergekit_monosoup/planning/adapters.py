@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ def touched_tensors(reference: str, adapter: str, base: Checkpoint) -> frozenset
     Raises:
         InputError: damaged, or not of this base.
     """
-    folder = Path(adapter) if Path(adapter).exists() else cached_adapter(adapter)
+    folder = Path(adapter) if os.path.exists(adapter) else cached_adapter(adapter)
     found = adapter_on_hub(adapter) if folder is None else read_adapter_folder(adapter, folder)
     if not base.shapes_known:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def check_files_from(
         return
     try:
         folder = Path(wanted)
-        if folder.is_dir():
+        if os.path.isdir(folder):
             try:
                 stored = read_folder(wanted, folder, with_config=False).tensors
             except InputError:

@@ -125,7 +125,7 @@ def _check_tokenizer(recipe: Recipe, models: Mapping[str, Checkpoint], problems:
     for name in wanted:
         checkpoint = models.get(name)
         folder = checkpoint.beside if checkpoint is not None else Path(name)
-        known = folder is not None and folder.is_dir()
+        known = folder is not None and os.path.isdir(folder)
         if known and folder is not None and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
             problems.error(
                 f"{key}: asks for the tokenizer of {name}, which has none ({folder / 'tokenizer.json'}); "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,9 +138,10 @@ def read_model(reference: Reference) -> Checkpoint:
 
 def _check_adapter(path: str) -> None:
     folder = Path(path.partition("@")[0])
-    if folder.exists() and not (folder / "adapter_config.json").exists():
+    # Names come from recipes: of one that is too long for any file, Path.exists raises.
+    if os.path.exists(folder) and not (folder / "adapter_config.json").exists():
         raise InputError(f"{folder} has no adapter_config.json; is it a PEFT adapter?")
-    if not folder.exists() and _looks_local(str(folder)):
+    if not os.path.exists(folder) and _looks_local(str(folder)):
         raise InputError(f"adapter folder {short_path(str(folder))} does not exist{_neighbour(str(folder))}")
 
 

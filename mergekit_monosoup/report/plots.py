@@ -64,12 +64,19 @@ def plot_spectra(records: Sequence[TensorRecord]) -> Any:
     if not chosen:
         return None
     figure, panels = _figure("Singular values of the update", panels=len(chosen))
+    # `_figure` has said what to do where matplotlib is missing.
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     curves = [(r.spectrum.index, r.spectrum.value) for r in chosen if r.spectrum is not None]
     least = min(v for _, values in curves for v in values if v > 0)
     for number, (axes, record) in enumerate(zip(panels, chosen, strict=True)):
         _draw_panel(axes, curves, number, _splits(record), "lower left")
         axes.set_title(_label(record), fontsize="small")
         axes.set_xscale("log")
+        # Few singular values: powers of ten alone, or all digits of one decade, could not be read.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda index, _: f"{index:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yscale("log")
         # Flat spectra look flat.
         axes.set_ylim(min(least * 0.8, 0.1), 1.3)
