@@ -10,6 +10,8 @@
 #   make bench  all benchmarks, some twenty minutes, into benchmarks/RESULTS.md
 #   make study  the robustness study, up to an hour, into benchmarks/robustness/RESULTS.md
 #   make study-short  the same in minutes, below .study/: a check that it runs
+#   make study-real   what an edit is worth on a real model, up to four hours, goes on where it was
+#   make study-real-short  the same in minutes: a check that it runs
 #
 # Each creates the virtual environment .venv on first use. Another interpreter:
 #   make test PYTHON=python3.12
@@ -20,10 +22,10 @@ BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest lint format docs site dist bench study study-short clean
+.PHONY: help demo test test-lowest lint format docs site dist bench study study-short study-real study-real-short clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,15p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,17p'
 
 demo: $(VENV)/.test
 	$(BIN)/python examples/demo.py
@@ -73,6 +75,15 @@ study: $(VENV)/.test
 
 study-short: $(VENV)/.test
 	$(BIN)/python -m benchmarks.robustness --short $(STUDY)
+
+# Goes on with the pieces that have no result; needs apt-get and dpkg-deb for its text.
+study-real: $(VENV)/.test
+	$(PIP) -e '.[study-real]'
+	$(BIN)/python -m benchmarks.real_models $(STUDY)
+
+study-real-short: $(VENV)/.test
+	$(PIP) -e '.[study-real]'
+	$(BIN)/python -m benchmarks.real_models --short $(STUDY)
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest .demo .study site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_monosoup import edit_state_dict
+from mergekit_monosoup.spectral.mixing import mixing_coefficients
 from mergekit_monosoup.spectral.split import effective_rank, rank_index
 
 StateDict = dict[str, Tensor]
@@ -30,7 +31,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Candidate:
-    """Weights to score: how they are called, of what kind they are, and their factor where they are a curve's."""
+    """Weights to score: their name, their kind, and their factor where they lie on a curve."""
 
     label: str
     family: str
@@ -66,18 +67,18 @@ class Pair:
         """Change every update."""
         return {name: w0 + change(name, self.tuned[name] - w0) for name, w0 in self.base.items()}
 
-    def spectral(self, factors: Callable[[Tensor, tuple[int, ...]], Tensor]) -> StateDict:
+    def spectral(self, factors: Callable[[str, Tensor, tuple[int, ...]], Tensor]) -> StateDict:
         """Multiply the singular values of each matrix' update; other tensors stay as fine-tuned.
 
         Args:
-            factors: of singular values (float64, descending) and shape.
+            factors: of name, singular values (float64, descending) and shape.
         """
 
         def change(name: str, update: Tensor) -> Tensor:
             if update.ndim != 2 or not bool(update.any()):
                 return update
             vectors, values, wide = self._spectrum(name, update)
-            kept = (vectors * factors(values, tuple(update.shape)).float()) @ vectors.mT
+            kept = (vectors * factors(name, values, tuple(update.shape)).float()) @ vectors.mT
             return kept @ update if wide else update @ kept
 
         return self.scaled(change)
@@ -158,7 +159,7 @@ def norm_control(pair: Pair, **how: Any) -> StateDict:
     return pair.scaled(change)
 
 
-def star(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+def star(name: str, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Keep the leading share of the nuclear norm, scaled to the whole of it (arXiv 2502.10339)."""
     sums = values.cumsum(0)
     kept = int((sums < STAR * sums[-1]).sum()) + 1
@@ -168,15 +169,12 @@ def star(values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _coefficients(values: Tensor, kept: int) -> tuple[float, float]:
-    """Return lambda_low and lambda_high of MonoSoup (arXiv 2602.09689) for a split after `kept` directions."""
-    squares = values.square()
-    rho = float(squares[kept] / squares[0]) if kept < len(values) else 0.0
-    cos = math.sqrt(float(squares[kept:].sum() / squares.sum()))
-    low = rho + (1 - rho) * cos
-    return low, 1 - low
+    """Return lambda_low and lambda_high of MonoSoup for a split after `kept` directions."""
+    found = mixing_coefficients(values, kept, "monosoup")
+    return found.lambda_low, found.lambda_high
 
 
-def swapped(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+def swapped(name: str, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Weaken strong directions by lambda_low and weak ones by lambda_high, split at the effective rank."""
     kept = rank_index(effective_rank(values), len(values))
     low, high = _coefficients(values, kept)
@@ -197,11 +195,9 @@ def by_storage(pair: Pair, rule: Rule) -> StateDict:
             # bfloat16 has 8 bits of which the first is not stored: neighbours are 2^(e - 8) apart.
             spacings = torch.where(tensor == 0, 0.0, torch.exp2(exponents.double() - 8))
             sigmas[name] = float(spacings.square().mean().div(12).sqrt())
-    names = [n for n, w0 in stored.base.items() if w0.ndim == 2 and not torch.equal(stored.tuned[n], w0)]
-    current = iter([sigmas[name] for name in names])
 
-    def factors(values: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return rule(values, shape, next(current))
+    def factors(name: str, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return rule(values, shape, sigmas[name])
 
     return stored.spectral(factors)
 

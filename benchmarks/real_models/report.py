@@ -69,9 +69,9 @@ def write_report(folder: Path) -> None:
     lines = ["# Real pretrained models: results", ""]
     lines += [
         wrapped(
-            "Written by `python -m benchmarks.real_models` from the files in `results/`; [DESIGN.md](DESIGN.md) says "
-            "what is measured. Bits per byte: lower is better. Every difference is paired over the same windows, "
-            "intervals are 95 %."
+            "Written by `python -m benchmarks.real_models` from `results/`; [DESIGN.md](DESIGN.md) says "
+            "what is measured. Bits per byte: lower is better. Differences are paired over the same "
+            "windows, intervals are 95 %; * where they leave out zero."
         ),
         "",
     ]
@@ -97,8 +97,8 @@ def _piece(name: str, result: dict[str, Any], folder: Path) -> list[str]:
     machine = result["machine"]["processor"]
     lines += [
         wrapped(
-            f"SmolLM2-135M-Instruct, {kind}, on {piece['domain']}: AdamW {piece['rate']:g}, {piece['steps']} steps, "
-            f"seed {piece['seed']}; {result['seconds']['all'] / 60:.0f} minutes on {machine}."
+            f"SmolLM2-135M-Instruct, {kind}, on {piece['domain']}: AdamW {piece['rate']:g}, {piece['steps']} "
+            f"steps, seed {piece['seed']}; {result['seconds']['all'] / 60:.0f} minutes on {machine}."
         ),
         "",
     ]
