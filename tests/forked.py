@@ -104,6 +104,8 @@ def _command(
         os.dup2(opened, descriptor)
         os.close(opened)
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
+    # A shell starts what runs in its background deaf to it, and all of its children are.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import tqdm
 
     from mergekit_monosoup.cli import main
