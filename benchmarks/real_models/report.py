@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,36 @@ def above_curve(ids: Array, values: Array, curve: Sequence[int]) -> Array:
     return result
 
 
-def write_report(folder: Path) -> None:
-    """Write RESULTS.md and figures beside `results/`."""
+# Rows of the short table that the documentation shows.
+SHOWN = (
+    "base", "fine-tuned", "Wise-FT 0.7", "Wise-FT 0.5", "MonoSoup", "MonoSoup R=0.8",
+    "norm of MonoSoup R=0.8, no SVD", "DG-Hard", "STAR 0.4",
+)  # fmt: skip
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the results that are there, in the order of the pieces."""
     files = {file.stem: file for file in (folder / "results").glob("*.json")}
     order = [piece.name for piece in PIECES if piece.name in files]
-    results = [json.loads(files[name].read_text("utf-8")) for name in order]
+    return {name: json.loads(files[name].read_text("utf-8")) for name in order}
+
+
+def short_table(results: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Return the table that docs/real-models.md shows: ID / OOD of a few methods, a column a piece."""
+    cells: dict[str, list[str]] = {label: [label] for label in SHOWN}
+    for result in results.values():
+        found = scores(result)
+        labels = [row["label"] for row in result["rows"]]
+        for label, line in cells.items():
+            i = labels.index(label)
+            line.append(f"{found.ids[i, 0]:.3f} / {found.ood[i, 0]:.3f}")
+    return table(["", *results], list(cells.values()))
+
+
+def write_report(folder: Path) -> None:
+    """Write RESULTS.md and figures beside `results/`."""
+    known = read_results(folder)
+    order, results = list(known), list(known.values())
     lines = ["# Real pretrained models: results", ""]
     lines += [
         wrapped(
@@ -75,7 +100,7 @@ def write_report(folder: Path) -> None:
         ),
         "",
     ]
-    missing = [piece.name for piece in PIECES if piece.name not in files]
+    missing = [piece.name for piece in PIECES if piece.name not in known]
     if any(result["short"] for result in results):
         lines += ["**From a short run: a check that everything works, and no result.**", ""]
     elif missing:
