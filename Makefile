@@ -19,6 +19,7 @@
 PYTHON ?= $(shell command -v python3 2>/dev/null || command -v python 2>/dev/null)
 VENV   := .venv
 BIN    := $(VENV)/bin
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -30,9 +31,10 @@ help:
 demo: $(VENV)/.test
 	$(BIN)/python examples/demo.py
 
-# One thread a worker: the models of the tests are tiny, and threads of several workers only fight.
+# One thread a worker: the models of the tests are tiny, and threads of several workers only fight. One worker
+# more than there are cores: some tests wait for a connection that is lost on purpose.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup
 
 # pip has no such resolution; uv has, and fetches torch with its CUDA libraries, some 3 GB.
 test-lowest: $(VENV)/.test
