@@ -2,8 +2,8 @@
 
     make demo
 
-The merged model is written below .demo/ (`make clean` removes it). The numbers say what the commands did to
-this pair; it is far too small to say how well the method works on real models.
+The merged model and a picture are written below .demo/ (`make clean` removes them). The numbers say what the
+commands did to this pair; it is far too small to say how well the method works on real models.
 """
 
 from __future__ import annotations
@@ -13,16 +13,21 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
 import transformers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_monosoup import edit_state_dict, edit_update
+from mergekit_monosoup import TunedModule, edit_state_dict, edit_update, tune
 
 PAIR = Path("examples") / "models"
 BASE, FINETUNED, HELD_OUT = PAIR / "base", PAIR / "finetuned", PAIR / "heldout"
@@ -47,6 +52,11 @@ IN_DISTRIBUTION = "prose"
 SHIFTS = ["python", "headers", "licences", "tables"]
 CONTEXT = 128
 STRONGER = "energy: 0.8"
+WISE_FT = {f"Wise-FT {factor}": factor for factor in (0.3, 0.5, 0.7, 0.9)}
+# Bytes of each text: what the search sees, and what it does not.
+SEARCHED, COMPARED = slice(0, 4096), slice(4096, 12288)
+TRIALS = 6
+PICTURE = WORK / "demo.png"
 
 
 class Cost(NamedTuple):
@@ -71,8 +81,11 @@ def main() -> None:
     merge()
     heading("3. What MonoSoup did to a few tensors")
     show_coefficients()
-    heading("4. Bits per byte of held-out text (lower is better)")
-    show_costs()
+    heading("4. The strength by your own scores: tune")
+    tuned = search()
+    heading("5. Bits per byte of held-out text (lower is better)")
+    costs = show_costs(tuned.module.state_dict())
+    draw(costs)
     heading("Your own models")
     print("""\
 Put these lines into recipe.yaml, with the checkpoint that the fine-tuning started from as the base:
@@ -141,20 +154,51 @@ def show_coefficients() -> None:
     )
 
 
-def show_costs() -> None:
-    """Print the cost of held-out text under the models, and what share of it the edits give back."""
+def search() -> TunedModule[PreTrainedModel]:
+    """Let a part of the held-out text choose the edit."""
+    print(
+        f"Two scores: bits per byte of prose (id) and of the other kinds (ood), {SEARCHED.stop} bytes each.\n"
+        f"Base, fine-tuned and Wise-FT come first, then {TRIALS} trials; less is better.\n"
+    )
+    base, finetuned = (load_model(folder) for folder in (BASE, FINETUNED))
+    scores = {
+        "id": lambda model: fmean(costs_of(model, [IN_DISTRIBUTION], SEARCHED)),
+        "ood": lambda model: fmean(costs_of(model, SHIFTS, SEARCHED)),
+    }
+    tuned = tune(base, finetuned, scores, lower_is_better=True, trials=TRIALS, progress=print)
+    print(f"\nChosen, as the nearest to the best of both: {tuned.outcome.best.name}.")
+    return tuned
+
+
+def show_costs(tuned: Mapping[str, Tensor]) -> dict[str, Cost]:
+    """Print the cost of what the search has not seen, and what share of it the edits give back."""
+    base, finetuned, merged = (load_file(folder / "model.safetensors") for folder in MODELS.values())
+    weights = {
+        **dict(zip(MODELS, (base, finetuned, merged), strict=True)),
+        STRONGER: edit_state_dict(base, finetuned, energy=0.8).weights,
+        "tune": tuned,
+    }
+    for label, factor in WISE_FT.items():
+        weights[label] = {name: w0.float().lerp(finetuned[name].float(), factor) for name, w0 in base.items()}
     costs = {}
     print(f"{'':12}{'ID: prose':>10}{'OOD mean':>10} = mean of {', '.join(SHIFTS)}")
-    for label, folder in MODELS.items():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        costs[label] = print_costs(label, model)
-    base, finetuned = (load_file(folder / "model.safetensors") for folder in (BASE, FINETUNED))
-    # Tied weights: the file holds the embedding once.
-    model.load_state_dict(edit_state_dict(base, finetuned, energy=0.8).weights, strict=False)
-    costs[STRONGER] = print_costs(STRONGER, model)
+    model = load_model(BASE)
+    for label, values in weights.items():
+        # Tied weights: the files hold the embedding once.
+        model.load_state_dict(values, strict=False)
+        inside, *outside = costs_of(model, [IN_DISTRIBUTION, *SHIFTS], COMPARED)
+        costs[label] = Cost(inside, fmean(outside))
+        each = ", ".join(f"{value:.3f}" for value in outside)
+        print(f"{label:12}{costs[label].inside:10.3f}{costs[label].outside:10.3f}   ({each})", flush=True)
     print("\nID: the kind of text that it was fine-tuned on. OOD: the other kinds that the base learnt.\n")
-    for label, words in (("merged", "the automatic rule"), (STRONGER, f"`{STRONGER}`")):
+    for label, words in {
+        "merged": "the automatic rule",
+        STRONGER: f"`{STRONGER}`",
+        "tune": "tune",
+        "Wise-FT 0.5": "plain Wise-FT at 0.5",
+    }.items():
         print(in_one_line(words, costs["base"], costs["fine-tuned"], costs[label]))
+    return costs
 
 
 def in_one_line(words: str, base: Cost, finetuned: Cost, edited: Cost) -> str:
@@ -168,14 +212,42 @@ def in_one_line(words: str, base: Cost, finetuned: Cost, edited: Cost) -> str:
     )
 
 
-def print_costs(label: str, model: PreTrainedModel) -> Cost:
-    """Print the cost of each kind of text in a line."""
-    texts = {name: (HELD_OUT / f"{name}.txt").read_bytes() for name in (IN_DISTRIBUTION, *SHIFTS)}
-    inside, *outside = (bits_per_byte(model, text) for text in texts.values())
-    cost = Cost(inside, sum(outside) / len(outside))
-    each = ", ".join(f"{value:.3f}" for value in outside)
-    print(f"{label:12}{cost.inside:10.3f}{cost.outside:10.3f}   ({each})", flush=True)
-    return cost
+def draw(costs: Mapping[str, Cost]) -> None:
+    """Draw the costs: Wise-FT as a curve from base to fine-tuned, the edits as points."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    curve = [costs[label] for label in ("base", *WISE_FT, "fine-tuned")]
+    axes.plot(
+        *zip(*curve, strict=True), "o-", color="0.55", markersize=4, label="Wise-FT, base to fine-tuned"
+    )
+    for label in ("base", "fine-tuned"):
+        axes.annotate(label, costs[label], xytext=(7, 4), textcoords="offset points")
+    for label, factor in WISE_FT.items():
+        axes.annotate(
+            f"{factor}", costs[label], xytext=(-6, -9), textcoords="offset points", ha="right", color="0.4"
+        )
+    axes.scatter(*costs["merged"], s=60, color="#0072b2", label="automatic rule", zorder=3)
+    axes.scatter(*costs[STRONGER], marker="s", s=60, color="#009e73", label=STRONGER, zorder=3)
+    # A ring, as tune may choose any of the others.
+    axes.scatter(*costs["tune"], s=240, facecolors="none", edgecolors="#d55e00", linewidths=2, label="tune")
+    axes.set_xlabel("in distribution: prose, bits per byte (lower is better)")
+    axes.set_ylabel("out of distribution, bits per byte (lower is better)")
+    axes.margins(0.12)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(PICTURE, dpi=150)
+    print(f"\nA picture of it: {PICTURE}")
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """Load a model of the pair in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def costs_of(model: PreTrainedModel, kinds: Sequence[str], part: slice) -> list[float]:
+    """Return the cost of a part of the texts of some kinds."""
+    return [bits_per_byte(model, (HELD_OUT / f"{kind}.txt").read_bytes()[part]) for kind in kinds]
 
 
 @torch.inference_mode()

@@ -71,11 +71,9 @@ def test_held_out_text_is_of_every_domain():
 
 
 def test_the_base_knows_every_domain_and_the_fine_tune_forgot(demo):
-    from transformers import AutoModelForCausalLM
-
     costs = {}
     for name in ("base", "finetuned"):
-        model = AutoModelForCausalLM.from_pretrained(PAIR / name, dtype=torch.float32)
+        model = demo.load_model(PAIR / name)
         for domain in ("prose", "python"):
             text = (PAIR / "heldout" / f"{domain}.txt").read_bytes()[:4096]
             costs[name, domain] = demo.bits_per_byte(model, text)
@@ -97,11 +95,14 @@ def test_demo(demo, monkeypatch, tmp_path, capfd):
     shares = re.findall(r"([\d.]+)%$", printed, re.MULTILINE)
     assert len(shares) == len(demo.SHOWN)
     assert all(float(share) > 99.9 for share in shares)
-    for label in demo.MODELS:
+    for label in (*demo.MODELS, *demo.WISE_FT, demo.STRONGER, "tune"):
         assert re.search(rf"^{label} +\d\.\d+ +\d\.\d+ ", printed, re.MULTILINE)
     back = [
         int(share)
         for share in re.findall(r"^Of what fine-tuning cost .* (\d+)% is back", printed, re.MULTILINE)
     ]
-    assert len(back) == 2
-    assert 0 < back[0] < back[1] < 100
+    automatic, stronger, tuned, wise_ft = back
+    assert 0 < automatic < stronger < 100
+    assert 0 < wise_ft < 100
+    assert automatic < tuned
+    assert (tmp_path / ".demo" / "demo.png").stat().st_size > 10_000
