@@ -40,6 +40,7 @@ def test_a_piece_from_training_to_the_page(tiny, rank, monkeypatch):
     file = tiny / "out" / "results" / f"{piece.name}.json"
     study.run_piece(piece, tiny, file, SIZE)
     result = json.loads(file.read_text())
+    assert result["complete"]
     labels = [row["label"] for row in result["rows"]]
     assert labels[:2] == ["base", "fine-tuned"]
     assert len(set(labels)) == len(labels) > 35
@@ -71,6 +72,15 @@ def test_results_that_are_there_are_not_made_again(tiny, monkeypatch):
         done = CliRunner().invoke(study.main, ["--work", str(tiny), "--out", str(tiny / "out")])
         assert done.exit_code == 0, done.output
     assert len(ran) == 1
+    # Interrupted after its third candidate, it goes on with the same weights.
+    file = tiny / "out" / "results" / f"{PIECE.name}.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({**whole, "rows": whole["rows"][:3], "complete": False}))
+    report.write_report(tiny / "out")
+    assert "Interrupted before all candidates" in (tiny / "out" / "RESULTS.md").read_text("utf-8")
+    done = CliRunner().invoke(study.main, ["--work", str(tiny), "--out", str(tiny / "out")])
+    assert done.exit_code == 0, done.output
+    assert json.loads(file.read_text())["rows"] == whole["rows"]
 
 
 @pytest.fixture(scope="module")

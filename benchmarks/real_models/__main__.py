@@ -5,8 +5,11 @@ python -m benchmarks.real_models [--work FOLDER] [--only NAME] [--short] [--repo
 
 from __future__ import annotations
 
+import json
 import time
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -14,7 +17,7 @@ import transformers
 
 from benchmarks.common import machine
 from benchmarks.real_models import sources
-from benchmarks.real_models.edits import Pair, candidates
+from benchmarks.real_models.edits import Candidate, Pair, candidates
 from benchmarks.real_models.learning import PIECES, Piece, Size, bits, finetune, windows_of
 from benchmarks.real_models.report import write_report
 from benchmarks.robustness.store import write_json
@@ -39,14 +42,23 @@ def main(work: Path, out: Path | None, only: tuple[str, ...], short: bool, repor
         pieces = [Piece(piece.domain, piece.rate, steps=2) for piece in pieces[:1]]
     for piece in [] if report_only else pieces:
         file = out / "results" / f"{piece.name}.json"
-        if not file.exists():
+        if not is_complete(file):
             run_piece(piece, work, file, SHORT if short else Size(), short)
             write_report(out)
     write_report(out)
 
 
+def is_complete(file: Path) -> bool:
+    """Say whether a result is there with all of its candidates."""
+    return file.exists() and bool(json.loads(file.read_text("utf-8"))["complete"])
+
+
 def run_piece(piece: Piece, work: Path, file: Path, size: Size, short: bool = False) -> None:
-    """Fine-tune once, score all candidates, and write the result."""
+    """Fine-tune once and score all candidates; each is in the result as soon as it is scored.
+
+    A piece that was interrupted goes on with the weights that it has kept. Without them (elsewhere) it
+    begins anew: the scores of two trainings do not go together.
+    """
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -59,8 +71,11 @@ def run_piece(piece: Piece, work: Path, file: Path, size: Size, short: bool = Fa
     domains = {name: windows_of(sources.text(name, "test", work), tokenizer, size) for name in names}
     base = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     kept = work / "checkpoints" / f"{piece.name}{'-short' * short}.pt"
+    rows: list[dict[str, Any]] = []
     if kept.exists():
         early, tuned = torch.load(kept, weights_only=True)
+        if file.exists():
+            rows = json.loads(file.read_text("utf-8"))["rows"]
     else:
         training = sources.text(piece.domain, "train", work)[:4_000_000]
         tokens = torch.tensor(tokenizer(training)["input_ids"])
@@ -68,29 +83,33 @@ def run_piece(piece: Piece, work: Path, file: Path, size: Size, short: bool = Fa
         kept.parent.mkdir(parents=True, exist_ok=True)
         torch.save((early, tuned), kept)
     trained = time.monotonic() - began
-    rows = []
-
-    def score(label: str, family: str, weights: dict[str, torch.Tensor], alpha: float | None = None) -> None:
-        model.load_state_dict(weights)
-        rows.append({"label": label, "family": family, "alpha": alpha, "bits": bits(model, domains)})
-        say(label)
-
-    score("base", "ends", base, 0.0)
-    score("fine-tuned", "ends", tuned, 1.0)
-    for candidate in candidates(Pair(base, tuned, early), short):
-        score(candidate.label, candidate.family, candidate.make(), candidate.alpha)
-    content = {
+    known = {row["label"] for row in rows}
+    content: dict[str, Any] = {
         "piece": vars(piece),
         "short": short,
         "in_distribution": piece.domain,
         "validation": sources.VALIDATION,
         "test": list(sources.TEST),
         "bytes": {name: list(windows.sizes) for name, windows in domains.items()},
-        "rows": rows,
-        "seconds": {"training": round(trained), "all": round(time.monotonic() - began)},
         "machine": machine(),
     }
-    write_json(file, content)
+
+    def keep(complete: bool) -> None:
+        seconds = {"training": round(trained), "all": round(time.monotonic() - began)}
+        write_json(file, {**content, "complete": complete, "seconds": seconds, "rows": rows})
+
+    ends = [Candidate("base", "ends", lambda: base, 0.0), Candidate("fine-tuned", "ends", lambda: tuned, 1.0)]
+    for candidate in chain(ends, candidates(Pair(base, tuned, early), short)):
+        if candidate.label in known:
+            continue
+        model.load_state_dict(candidate.make())
+        found = bits(model, domains)
+        rows.append(
+            {"label": candidate.label, "family": candidate.family, "alpha": candidate.alpha, "bits": found}
+        )
+        keep(False)
+        say(candidate.label)
+    keep(True)
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ def short_table(results: Mapping[str, dict[str, Any]]) -> list[str]:
         found = scores(result)
         labels = [row["label"] for row in result["rows"]]
         for label, line in cells.items():
-            i = labels.index(label)
-            line.append(f"{found.ids[i, 0]:.3f} / {found.ood[i, 0]:.3f}")
+            i = labels.index(label) if label in labels else None
+            line.append("" if i is None else f"{found.ids[i, 0]:.3f} / {found.ood[i, 0]:.3f}")
     return table(["", *results], list(cells.values()))
 
 
@@ -105,6 +105,9 @@ def write_report(folder: Path) -> None:
         lines += ["**From a short run: a check that everything works, and no result.**", ""]
     elif missing:
         lines += [wrapped(f"Not run yet: {', '.join(missing)}. The same command goes on with them."), ""]
+    partly = [name for name, result in known.items() if not result["complete"]]
+    if partly:
+        lines += [wrapped(f"Interrupted before all candidates were scored: {', '.join(partly)}."), ""]
     for name, result in zip(order, results, strict=True):
         lines += _piece(name, result, folder)
     (folder / "RESULTS.md").write_text("\n".join(lines).rstrip() + "\n", "utf-8")
