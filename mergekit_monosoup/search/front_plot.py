@@ -49,6 +49,8 @@ def draw_front(file: Path, outcome: Outcome, scores: Sequence[Score]) -> None:
         axes.annotate(side, (x[0], y[0]), xytext=(5, 5), textcoords="offset points", fontsize=8)
     _name(axes.set_xlabel, first)
     _name(axes.set_ylabel, second)
+    # Room for the names of the ends.
+    axes.margins(0.1)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=_DPI)
 
