@@ -46,7 +46,7 @@ def test_commands_exist():
 
 @pytest.mark.parametrize(
     "line",
-    ["merge recipe.yaml merged --no-such", "push merged", "report a b c", "nothing", "inspect base"],
+    ["merge recipe.yaml merged --no-such", "push merged", "report a b c", "nothing", "inspect"],
 )
 def test_a_wrong_command_would_be_noticed(line):
     with pytest.raises((click.UsageError, AssertionError)):
